@@ -31,7 +31,9 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str = "", reme
     names = sorted(known)
     near = difflib.get_close_matches(str(name).lower(), [n.lower() for n in names], n=3, cutoff=0.4)
     by_lower = {n.lower(): n for n in names}
-    shown = ", ".join(by_lower[n] for n in near) if near else ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    shown = (
+        ", ".join(by_lower[n] for n in near) if near else ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    )
     label = "nearest" if near else "known"
     text = f"unknown {kind} {name!r} ({label}: {shown})"
     return UnknownName((f"{where}: " if where else "") + text + (f"; {remedy}" if remedy else ""))

@@ -33,4 +33,6 @@ PRECISIONS = ("bf16", "fp8", "fp4", "mxfp4", "int8", "int4")
 RATES = ("bf16", "fp8", "fp4", "int8")
 # The tensor-core rate that belongs to a weight format when activations are in the same class; int4 is weight-only
 # in every engine (activations stay 16-bit), so it computes at the 16-bit rate.
-RATE_OF_PRECISION = MappingProxyType({"bf16": "bf16", "fp8": "fp8", "fp4": "fp4", "mxfp4": "fp4", "int8": "int8", "int4": "bf16"})
+RATE_OF_PRECISION = MappingProxyType(
+    {"bf16": "bf16", "fp8": "fp8", "fp4": "fp4", "mxfp4": "fp4", "int8": "int8", "int4": "bf16"}
+)

@@ -204,12 +204,13 @@ class Plan:
     moe_ep: Number
     replicas: Number
     precision: Precision
-    sequence_parallel: Number = 0.0  # Megatron SP: reduce-scatter + all-gather in place of all-reduce
-    cp_method: Number = 0.0  # index of CP_METHODS
-    dispatch: Number = 0.0  # index of DISPATCHES
     overlap_prefill: Number = 0.0  # index of OVERLAPS
     overlap_decode: Number = 0.0
     microbatches: Number = 0.0  # in flight through the pipeline in decode; 0: pp
+    # None where no plan of the batch uses the feature: the program then has no term for it
+    sequence_parallel: Number | None = None  # Megatron SP: reduce-scatter + all-gather in place of all-reduce
+    cp_method: Number | None = None  # index of CP_METHODS (None: cp = 1 throughout)
+    dispatch: Number | None = None  # index of DISPATCHES (None: auto)
 
 
 CP_METHODS = ("auto", "ulysses", "ring", "pass_kv", "pass_q")
@@ -226,10 +227,11 @@ class Load:
     concurrency: Number
     chunk: Number  # token budget of a step, a replica's attention-DP rank
     prefix_hit: Number = 0.0  # share of the prompt found in the prefix cache
-    draft_tokens: Number = 0.0  # speculated tokens a step (MTP depth)
-    acceptance: Number = 0.7  # chance that a drafted token is accepted, given the ones before it were
     waves: Number = 10.0  # requests a client sends; the first wave arrives all at once
-    static_batch: Number = 0.0  # 1: one batch, prefilled together, then decoded together
+    acceptance: Number = 0.7  # chance that a drafted token is accepted, given the ones before it were
+    # None where no load of the batch uses the feature
+    draft_tokens: Number | None = None  # speculated tokens a step (MTP depth)
+    static_batch: Number | None = None  # 1: one batch, prefilled together, then decoded together
 
 
 def stack(trees: list[T]) -> T:

@@ -1,0 +1,91 @@
+"""One scenario -> Estimate, and the only place where the model is batched and compiled."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dse.cost.coefficients import Coefficients
+from dse.cost.memory import Memory, memory
+from dse.cost.serving import Served, serve
+from dse.cost.shard import shard
+from dse.cost.types import Architecture, Device, Load, Number, Plan, Topology, pytree
+from dse.numerics import safe_divide
+from dse.units import HOUR
+
+
+@pytree
+class Scenario:
+    """Everything one estimate depends on."""
+
+    architecture: Architecture
+    device: Device
+    topology: Topology
+    plan: Plan
+    load: Load
+    coefficients: Coefficients
+
+
+@pytree
+class Estimate:
+    """What a deployment delivers. SI units; rates are of one GPU unless said."""
+
+    ttft: Number
+    tpot: Number
+    e2e: Number
+    output_rate: Number  # output tokens/s a GPU
+    total_rate: Number  # input and output tokens/s a GPU
+    user_rate: Number  # tokens/s a user
+    request_rate: Number  # requests/s, whole deployment
+    gpus: Number  # whole deployment
+    usd_per_mtok: Number  # USD a million output tokens
+    joules_per_token: Number
+    memory: Memory
+    served: Served
+
+
+def gpus_of_replica(plan: Plan) -> Number:
+    return plan.tp * plan.attention_dp * plan.cp * plan.pp
+
+
+def estimate_one(x: Scenario) -> Estimate:
+    """Price one scenario. Throughput is concurrency * osl / (ttft + (osl-1) tpot), as every closed-loop benchmark's."""
+    sharded = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    return estimate_sharded(x, sharded)
+
+
+def estimate_sharded(x: Scenario, sharded: Any) -> Estimate:
+    """The rest of `estimate_one`, once the plan's own numbers are known: what a sweep repeats for every load."""
+    fits = memory(x.architecture, x.device, x.plan, x.load, x.coefficients)
+    served = serve(sharded, x.load, fits)
+    load, gpus = x.load, gpus_of_replica(x.plan)
+    e2e = served.ttft + jnp.maximum(load.osl - 1.0, 0.0) * served.tpot
+    requests = load.concurrency / e2e  # a replica
+    output_rate = requests * load.osl / gpus
+    return Estimate(
+        ttft=served.ttft,
+        tpot=served.tpot,
+        e2e=e2e,
+        output_rate=output_rate,
+        total_rate=requests * (load.osl + load.isl) / gpus,
+        user_rate=safe_divide(1.0, served.tpot),
+        request_rate=requests * x.plan.replicas,
+        gpus=gpus * x.plan.replicas,
+        usd_per_mtok=safe_divide(x.device.price / HOUR * 1e6, output_rate),
+        joules_per_token=safe_divide(x.device.power, output_rate),
+        memory=fits,
+        served=served,
+    )
+
+
+@lru_cache(maxsize=1)
+def _batched() -> Any:
+    return jax.jit(jax.vmap(estimate_one))
+
+
+def estimate(scenarios: Scenario) -> Estimate:
+    """Estimates of a batch: every leaf of `scenarios` has one leading axis of the same length N; so has the result's."""
+    return _batched()(scenarios)
