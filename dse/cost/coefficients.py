@@ -5,6 +5,8 @@ The defaults were fixed from published constants before any serving measurement 
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from dse.cost.types import Number, pytree
 from dse.units import GIB, US
 
@@ -69,15 +71,15 @@ class Coefficients:
     @classmethod
     def ideal(cls) -> Coefficients:
         """The bare roofline: full peaks, no latency, no overhead, balanced experts. For limits and worked figures."""
-        ones = dict.fromkeys(
-            "gemm_bf16 gemm_fp8 gemm_fp4 gemm_int8 grouped_gemm memory core_prefill core_decode core_memory link_ll "
-            "link_simple imbalance utilisation partial_overlap reserved_output".split(),
-            1.0,
-        )
-        zeros = dict.fromkeys(
-            "gemm_m_half gemm_n_half kernel_prefill kernel_decode elementwise_kernels elementwise_passes step_overhead "
-            "request_overhead arrival_overhead collective_base collective_simple hop_ll hop_simple one_shot_base "
-            "multicast_base all_to_all_base sm_share runtime_reserve graph_reserve communication_buffer".split(),
-            0.0,
-        )
-        return cls(**ones, **zeros)
+        zeros = {name: 0.0 for name in _FREE if name not in _SHARES}
+        return cls(**zeros, **dict.fromkeys(_SHARES, 1.0))
+
+
+_SHARES = frozenset(
+    (
+        *("gemm_bf16", "gemm_fp8", "gemm_fp4", "gemm_int8", "grouped_gemm", "memory"),
+        *("core_prefill", "core_decode", "core_memory", "link_ll", "link_simple"),
+        *("imbalance", "utilisation", "partial_overlap", "reserved_output"),
+    )
+)
+_FREE = tuple(f.name for f in fields(Coefficients) if f.name != "rounding")

@@ -144,7 +144,7 @@ def all_gather(topology: Topology, g: Group, c: Coefficients) -> Lines:
 
 
 def all_to_all(topology: Topology, g: Group, c: Coefficients) -> Lines:
-    """`bytes`: what one rank sends in all. Flat (levels at once), hierarchical pairwise, Bruck (log2 n steps of S/2)."""
+    """`bytes`: what one rank sends. Flat (levels at once), hierarchical pairwise, Bruck (log2 n steps of S/2)."""
     base = _only_if(g.n, c.collective_base)
     simple = _only_if(g.n, c.collective_base + c.collective_simple)
     flat = Line(

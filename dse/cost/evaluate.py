@@ -87,5 +87,5 @@ def _batched() -> Any:
 
 
 def estimate(scenarios: Scenario) -> Estimate:
-    """Estimates of a batch: every leaf of `scenarios` has one leading axis of the same length N; so has the result's."""
+    """Estimates of a batch: every leaf has one leading axis of the same length N, and so has the result's."""
     return _batched()(scenarios)

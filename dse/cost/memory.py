@@ -15,7 +15,7 @@ SIXTEEN_BIT = 2.0
 
 @pytree
 class Memory:
-    """Bytes on the fullest GPU of a replica. `requests`: how many requests of an attention-DP rank the KV space holds."""
+    """Bytes on the fullest GPU of a replica. `requests`: how many of an attention-DP rank the KV space holds."""
 
     weights: Number
     kv_request: Number  # one request at its full length
