@@ -194,7 +194,7 @@ class Precision:
 
 @pytree
 class Plan:
-    """How one replica is divided over GPUs. GPUs of a replica = tp * attention_dp * cp * pp; tp*attention_dp*cp = moe_ep*moe_tp."""
+    """How one replica is divided over GPUs: tp * attention_dp * cp * pp of them, a stage's as moe_ep * moe_tp too."""
 
     tp: Number
     pp: Number
