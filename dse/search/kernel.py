@@ -1,0 +1,307 @@
+"""The compiled heart of a sweep: a tile of (designs x operating points) -> objectives, violations, counts.
+
+A flat index is design * Q + operating point. A tile decodes its designs and operating points from the space's tables
+inside jit, shards each design once, prices every load on it, and hands back objectives, the violation of each point
+and which points the front so far does not already beat. Everything else stays inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dse.cost.coefficients import Coefficients
+from dse.cost.evaluate import Estimate, Scenario, estimate_sharded
+from dse.cost.shard import Sharded, shard
+from dse.cost.types import Architecture, Device, Load, Number, Plan, Precision, Topology, pytree
+from dse.search.metrics import MARGIN, VALUE, margins, signed
+from dse.search.pareto import spread, staircase
+from dse.space.compile import CompiledSpace
+from dse.space.tables import plans
+
+TRACES = {"tile": 0, "points": 0}  # a test counts them: one trace a sweep
+REFERENCES = 32  # front members a kernel compares with, three or more objectives (or one)
+BINS = 1024  # of the first objective, where there are two: one look-up tells the front's second
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked of every point: hashable, because it shapes the program."""
+
+    constraints: tuple[tuple[str, str], ...]  # (metric, "max" or "min"), in the order of the funnel
+    objectives: tuple[tuple[str, str], ...]  # (metric, "min" or "max")
+
+    @classmethod
+    def of(cls, space: CompiledSpace) -> Questions:
+        return cls(
+            constraints=tuple((c.metric, c.op) for c in space.constraints),
+            objectives=tuple(space.objectives),
+        )
+
+
+@pytree
+class Goals:
+    """What decides whether a point is kept; changes as the sweep goes. Rows or bins of +inf discard nothing."""
+
+    bounds: Number  # (C,) natural units
+    threshold: Number  # signed first objective below which a point is among the best
+    references: Number | None  # (REFERENCES, K) members of the front so far, signed to minimise
+    stairs: Number | None  # (BINS,) with two objectives: `pareto.staircase`, its start and its bins a unit
+    stairs_start: Number | None
+    stairs_scale: Number | None
+
+
+@pytree
+class Design:
+    """One legal design; the plan's precision is looked up by `precision`."""
+
+    model: Number
+    machine: Number
+    precision: Number
+    utilisation: Number
+    plan: Plan
+
+
+@pytree
+class Tables:
+    """A compiled space as device arrays of one float type. Leading axes: models, machines, designs, Q, W."""
+
+    architectures: Architecture
+    devices: Device
+    topologies: Topology
+    coefficients: Coefficients
+    precisions: Precision
+    designs: Design
+    loads: Load  # (Q,), workload fields left 0
+    isl: Number
+    osl: Number
+    prefix_hit: Number
+    weights: Number
+    designs_count: Number
+    loads_count: Number
+
+
+@pytree
+class Points:
+    """What comes back of a tile; `shape` is (designs, operating points)."""
+
+    objectives: Number  # (*shape, K) signed to minimise
+    violation: Number  # (*shape,) sum of relative excesses over the bounds; 0 is feasible
+    keep: Number  # (*shape,) feasible and not beaten
+    passed: Number  # (1 + C,) counts: fits in memory, and meets the first 1, 2, ... constraints
+
+
+def tables(space: CompiledSpace, coefficients: Coefficients, dtype: Any) -> Tables:
+    """The space's tables as arrays. Parts no point uses are None, so that the program has no term for them."""
+
+    def real(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), tree)
+
+    d, o, w, options = space.designs, space.operating, space.workloads, space.spec.options
+    everything = plans(space)
+    q = len(o)
+    load = Load(
+        isl=np.zeros(q),
+        osl=np.zeros(q),
+        prefix_hit=np.zeros(q),
+        concurrency=o.concurrency,
+        chunk=o.chunk,
+        acceptance=np.full(q, options.acceptance),
+        waves=np.full(q, options.waves),
+        draft_tokens=o.draft_tokens if o.draft_tokens.any() else None,
+        static_batch=o.static_batch if o.static_batch.any() else None,
+    )
+    machines = len(space.machines)
+    return Tables(
+        architectures=real(space.architectures),
+        devices=real(space.devices),
+        topologies=real(space.topologies),
+        coefficients=real(jax.tree.map(lambda leaf: np.broadcast_to(leaf, (machines,)), coefficients)),
+        precisions=real(space.precisions),
+        designs=Design(
+            model=d.model.astype(np.int32),
+            machine=d.machine.astype(np.int32),
+            precision=d.precision_index.astype(np.int32),
+            utilisation=np.asarray(d.utilisation, dtype),
+            plan=real(replace(everything, precision=np.zeros(len(d)))),
+        ),
+        loads=real(load),
+        isl=np.asarray(w.isl, dtype),
+        osl=np.asarray(w.osl, dtype),
+        prefix_hit=np.asarray(w.prefix_hit, dtype),
+        weights=np.asarray(w.weight, dtype),
+        designs_count=np.int32(len(d)),
+        loads_count=np.int32(q),
+    )
+
+
+def goals(space: CompiledSpace, dtype: Any, front: np.ndarray | None = None, threshold: float = np.inf) -> Goals:
+    """Goals that discard what `front` (n, K) beats."""
+    known = front is not None and len(front) > 0
+    bounds = np.array([c.bound for c in space.constraints], dtype)
+    limit = np.asarray(threshold, dtype)
+    if len(space.objectives) == 2:
+        table, start, scale = np.full(BINS, np.inf), 0.0, 0.0
+        if known:
+            table, start, scale = staircase(front, np.array(margins(space.objectives)), BINS)
+        numbers = (np.asarray(x, dtype) for x in (table, start, scale))
+        return Goals(
+            bounds=bounds,
+            threshold=limit,
+            references=None,
+            **dict(zip(("stairs", "stairs_start", "stairs_scale"), numbers, strict=True)),
+        )
+    padded = np.full((REFERENCES, len(space.objectives)), np.inf, dtype)
+    if known:
+        some = front[spread(front, REFERENCES)]
+        padded[: len(some)] = some
+    return Goals(bounds=bounds, threshold=limit, references=padded, stairs=None, stairs_start=None, stairs_scale=None)
+
+
+def _at(table: Any, row: Number) -> Any:
+    return jax.tree.map(lambda leaf: leaf[row], table)
+
+
+def design_at(t: Tables, row: Number) -> Design:
+    """One design, its precision looked up."""
+    raw = _at(t.designs, row)
+    return replace(raw, plan=replace(raw.plan, precision=_at(t.precisions, raw.precision)))
+
+
+def scenario(t: Tables, design: Design, load: Load | None) -> Scenario:
+    """A design's row of every table."""
+    return Scenario(
+        architecture=_at(t.architectures, design.model),
+        device=_at(t.devices, design.machine),
+        topology=_at(t.topologies, design.machine),
+        plan=design.plan,
+        load=load,  # type: ignore[arg-type]
+        coefficients=replace(_at(t.coefficients, design.machine), utilisation=design.utilisation),
+    )
+
+
+def shard_design(t: Tables, design: Design) -> Sharded:
+    x = scenario(t, design, None)
+    return shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+
+
+def price(t: Tables, design: Design, sharded: Sharded, load: Load) -> Estimate:
+    """Estimate of one design and operating point for every workload of the mix: leaves (W,)."""
+
+    def one(isl: Number, osl: Number, prefix_hit: Number) -> Estimate:
+        full = replace(load, isl=isl, osl=osl, prefix_hit=prefix_hit)
+        return estimate_sharded(scenario(t, design, full), sharded)
+
+    return jax.vmap(one)(t.isl, t.osl, t.prefix_hit)
+
+
+def judge(estimate: Estimate, weights: Number, bounds: Number, asked: Questions) -> tuple[Number, Number]:
+    """Signed objectives (list of K) and relative excesses (list of 1 + C, memory first) of one point.
+
+    Objectives are means over the mix of workloads by weight; a constraint must hold for every workload of it.
+    """
+    objectives = [
+        sign * jnp.sum(VALUE[metric](estimate) * weights)
+        for (metric, _), sign in zip(asked.objectives, signed(asked.objectives), strict=True)
+    ]
+    excess = [jnp.max(estimate.memory.total / estimate.memory.usable) - 1.0]
+    for i, (metric, op) in enumerate(asked.constraints):
+        value = VALUE[metric](estimate)
+        excess.append(jnp.max(value / bounds[i] if op == "max" else bounds[i] / value) - 1.0)
+    return jnp.stack(objectives), jnp.stack(excess)
+
+
+def slack(asked: Questions) -> list[float]:
+    """Excess that float32 rounding may cause, let through to the float64 recheck."""
+    return [MARGIN["memory_gib"], *(MARGIN[metric] for metric, _ in asked.constraints)]
+
+
+def tile_kernel(
+    asked: Questions, designs: int, points: int, t: Tables, first_design: Number, first_point: Number, target: Goals
+) -> Points:
+    """Price `designs` x `points` from (first_design, first_point) on; what lies past the end is masked."""
+    TRACES["tile"] += 1
+    rows = first_design + jnp.arange(designs, dtype=jnp.int32)
+    columns = first_point + jnp.arange(points, dtype=jnp.int32)
+    inside = (rows < t.designs_count)[:, None] & (columns < t.loads_count)[None, :]
+    design = jax.vmap(partial(design_at, t))(jnp.minimum(rows, t.designs_count - 1))
+    load = _at(t.loads, jnp.minimum(columns, t.loads_count - 1))
+    sharded = jax.vmap(partial(shard_design, t))(design)
+    # Without the barriers XLA fuses a design's own numbers into each of its points, and the model into each output.
+    design, sharded = jax.lax.optimization_barrier((design, sharded))
+
+    def point(d: Design, s: Sharded, one: Load) -> tuple[Number, Number]:
+        return judge(price(t, d, s, one), t.weights, target.bounds, asked)
+
+    objectives, excess = jax.vmap(jax.vmap(point, (None, None, 0)), (0, 0, None))(design, sharded, load)
+    objectives, excess = jax.lax.optimization_barrier((objectives, excess))
+    return sift(objectives, excess, inside, target, asked)
+
+
+def sift(objectives: Number, excess: Number, inside: Number, target: Goals, asked: Questions) -> Points:
+    """Violations, the kept points, and the funnel's counts (dominance as in `pareto.dominated_by`)."""
+    allowed = slack(asked)
+    so_far = inside
+    passed = []
+    violation: Number = 0.0
+    for i, limit in enumerate(allowed):
+        over = excess[..., i]
+        within = over <= limit
+        so_far = so_far & within
+        passed.append(jnp.sum(so_far.astype(jnp.int32)))
+        violation = violation + jnp.where(within, 0.0, over)
+    beaten = _beaten(objectives, target, margins(asked.objectives))
+    return Points(
+        objectives=objectives,
+        violation=jnp.where(inside, violation, jnp.inf),
+        keep=so_far & (~beaten | (objectives[..., 0] < target.threshold)),
+        passed=jnp.stack(passed),
+    )
+
+
+def _beaten(objectives: Number, target: Goals, margin: list[float]) -> Number:
+    """Points that the front so far beats by the margin (never too many: what is left goes to the host)."""
+    if target.references is None:
+        first, second = objectives[..., 0], objectives[..., 1]
+        place = jnp.clip((first - target.stairs_start) * target.stairs_scale, 0.0, BINS - 1.0)
+        # One bin back: rounding may put a point one bin too far.
+        best = target.stairs[jnp.maximum(place.astype(jnp.int32) - 1, 0)]
+        return (second > best + margin[1] * jnp.abs(best)) | (second == best)
+    beaten = jnp.zeros(objectives.shape[:-1], bool)
+    for r in range(REFERENCES):
+        no_better, better = jnp.ones(beaten.shape, bool), jnp.zeros(beaten.shape, bool)
+        for k, m in enumerate(margin):
+            reference, value = target.references[r, k], objectives[..., k]
+            worse = value > reference + m * jnp.abs(reference)
+            no_better, better = no_better & (worse | (value == reference)), better | worse
+        beaten = beaten | (no_better & better)
+    return beaten
+
+
+def point_kernel(asked: Questions, t: Tables, rows: Number, columns: Number, bounds: Number) -> Any:
+    """The same, point by point, for lists of designs and operating points: (Estimate, objectives, excess)."""
+    TRACES["points"] += 1
+
+    def one(row: Number, column: Number) -> Any:
+        design = design_at(t, row)
+        estimate = price(t, design, shard_design(t, design), _at(t.loads, column))
+        objectives, excess = judge(estimate, t.weights, bounds, asked)
+        return estimate, objectives, excess
+
+    return jax.vmap(one)(rows, columns)
+
+
+@lru_cache(maxsize=32)
+def compiled_tile(asked: Questions, designs: int, points: int) -> Callable[..., Points]:
+    return jax.jit(partial(tile_kernel, asked, designs, points))
+
+
+@lru_cache(maxsize=32)
+def compiled_points(asked: Questions) -> Callable[..., Any]:
+    return jax.jit(partial(point_kernel, asked))

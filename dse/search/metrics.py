@@ -1,0 +1,36 @@
+"""Estimates in the natural units of constraints and objectives; the one place where a direction becomes a sign."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from dse.cost.evaluate import Estimate
+from dse.space.metrics import METRICS
+from dse.units import GIB, MS
+
+VALUE: Mapping[str, Callable[[Estimate], Any]] = MappingProxyType(
+    {
+        "ttft_ms": lambda e: e.ttft / MS,
+        "tpot_ms": lambda e: e.tpot / MS,
+        "e2e_ms": lambda e: e.e2e / MS,
+        "output_tok_s_gpu": lambda e: e.output_rate,
+        "total_tok_s_gpu": lambda e: e.total_rate,
+        "tok_s_user": lambda e: e.user_rate,
+        "gpus": lambda e: e.gpus,
+        "usd_per_mtok": lambda e: e.usd_per_mtok,
+        "memory_gib": lambda e: e.memory.total / GIB,
+    }
+)
+# Relative float32 error that a sweep must not let decide (tests hold the model to 1e-5); counts are exact.
+MARGIN = MappingProxyType({name: 0.0 if name == "gpus" else 3e-5 for name in METRICS})
+
+
+def signed(objectives: Sequence[tuple[str, str]]) -> list[float]:
+    """+1 to minimise, -1 to maximise."""
+    return [1.0 if direction == "min" else -1.0 for _, direction in objectives]
+
+
+def margins(objectives: Sequence[tuple[str, str]]) -> list[float]:
+    return [MARGIN[name] for name, _ in objectives]

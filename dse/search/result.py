@@ -1,0 +1,51 @@
+"""What a search returns, whichever sampler ran it: data only, for tables, files and the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How far the least-violating plan is from one limit it breaks."""
+
+    metric: str
+    value: float
+    op: str
+    bound: float
+
+    @property
+    def text(self) -> str:
+        return f"{self.metric} {self.value:.4g}, {self.op} {self.bound:.4g}"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Front and best plans as DataFrames (columns: what was chosen, then `space.columns`), and how they were found.
+
+    `funnel`: (stage, points left) from enumerated to all constraints met. `least`: the least-violating plan where
+    nothing is feasible, with what binds. Rows are float64 re-evaluations of what the float32 sweep kept.
+    """
+
+    name: str
+    sampler: str
+    objectives: tuple[tuple[str, str], ...]
+    constraints: tuple[tuple[str, str, float], ...]
+    front: pd.DataFrame
+    candidates: pd.DataFrame
+    funnel: tuple[tuple[str, int], ...]
+    cuts: dict[str, int]
+    enumerated: int
+    legal: int
+    evaluated: int
+    feasible: int
+    seconds: float
+    rate: float  # points/s while sweeping
+    partial: bool = False
+    least: pd.DataFrame | None = None
+    binding: tuple[Binding, ...] = ()
+    hypervolume_ratio: float | None = None  # sampled front against the exhaustive one, where both were computed
+    run: dict[str, Any] = field(default_factory=dict)  # space, versions, seeds: what run.json adds

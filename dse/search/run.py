@@ -1,0 +1,176 @@
+"""The main job: a search space in, a `SearchResult` out, whichever sampler and engine."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dse.cost.coefficients import Coefficients
+from dse.errors import InputError
+from dse.search.grid import Progress, Swept, Tiling, sweep
+from dse.search.metrics import signed
+from dse.search.pareto import distinct, front, hypervolume
+from dse.search.recheck import Rechecked, recheck
+from dse.search.result import Binding, SearchResult
+from dse.space.compile import CompiledSpace, compile_space
+from dse.space.schema import SpaceSpec
+
+SAMPLERS = ("grid", "tpe", "nsga2", "random")
+ENGINES = ("local", "dask")
+BEST = 200  # rows of the list of the best feasible plans
+COMPARABLE = 20_000_000  # spaces small enough for a sampled front to be compared with the exhaustive one
+
+
+def search(
+    spec: SpaceSpec,
+    sampler: str = "grid",
+    trials: int = 1000,
+    engine: str = "local",
+    seed: int = 0,
+    coefficients: Coefficients | None = None,
+    compare: bool = True,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Search a space. `grid` prices every legal point; the others sample `trials` of them with Optuna.
+
+    A sampled front is compared with the exhaustive one where the space has at most 20 million points (`compare`).
+    Raises InputError for an unknown sampler or engine, or a space with no legal plan.
+    """
+    for value, allowed, what in ((sampler, SAMPLERS, "sampler"), (engine, ENGINES, "engine")):
+        if value not in allowed:
+            raise InputError(f"--{what}: {value!r} is not known (allowed: {', '.join(allowed)})")
+    c = coefficients or Coefficients()
+    space = compile_space(spec)
+    started = time.perf_counter()
+    if sampler == "grid":
+        found = _exhaustive(space, c, engine, progress)
+        return finish(space, c, found, "grid", time.perf_counter() - started)
+    from dse.search.sample import sample
+
+    found = sample(space, c, sampler, trials, seed, progress)
+    result = finish(space, c, found, sampler, time.perf_counter() - started, seed=seed)
+    if compare and space.legal <= COMPARABLE and not found.partial and len(result.front):
+        whole = recheck(space, c, sweep(space, c).front.indices)
+        result = replace(result, hypervolume_ratio=_ratio(result, whole))
+    return result
+
+
+def _exhaustive(space: CompiledSpace, c: Coefficients, engine: str, progress: Progress | None) -> Swept:
+    if engine == "local":
+        return sweep(space, c, best=BEST, progress=progress)
+    from dse.search.distribute import sweep_dask
+
+    return sweep_dask(space.spec, c, Tiling.of(space), BEST, progress)
+
+
+def finish(
+    space: CompiledSpace, c: Coefficients, found: Swept, sampler: str, seconds: float, seed: int | None = None
+) -> SearchResult:
+    """Recheck survivors in float64 and lay out the result."""
+    kept = recheck(space, c, found.front.indices)
+    feasible = kept.feasible if len(kept.indices) else np.zeros(0, bool)
+    rows = kept.rows[feasible].assign(ties=found.front.ties[feasible]) if len(kept.indices) else kept.rows
+    values = kept.objectives[feasible]
+    on_front = _front_rows(values, kept.indices[feasible], found.front.ties[feasible])
+    stages = ("fits in memory", *(f"meets {x.metric} {x.op} {x.bound:g}" for x in space.constraints))
+    funnel = (("enumerated", space.enumerated), ("legal", space.legal))
+    if found.evaluated < space.legal:
+        funnel += (("evaluated", found.evaluated),)
+    funnel += tuple(zip(stages, (int(n) for n in found.passed), strict=True))
+    best = np.argsort(values[:, 0], kind="stable")[:BEST] if len(values) else []
+    least, binding = (None, ())
+    if not len(values) and found.least[1] >= 0:
+        least, binding = _least(space, c, found.least[1])
+    return SearchResult(
+        name=space.spec.name,
+        sampler=sampler,
+        objectives=tuple(space.objectives),
+        constraints=tuple((x.metric, x.op, x.bound) for x in space.constraints),
+        front=rows.iloc[on_front].reset_index(drop=True),
+        candidates=rows.iloc[best].reset_index(drop=True),
+        funnel=funnel,
+        cuts=dict(space.cuts),
+        enumerated=space.enumerated,
+        legal=space.legal,
+        evaluated=found.evaluated,
+        feasible=int(found.passed[-1]) if len(values) else 0,
+        seconds=seconds,
+        rate=found.evaluated / found.seconds if found.seconds else 0.0,
+        partial=found.partial,
+        least=least,
+        binding=binding,
+        run={
+            "space": space.spec.model_dump(mode="json"),
+            "seed": seed,
+            "versions": {name: version(name) for name in ("dse", "jax", "numpy", "optuna", "moocore")},
+            "python": platform.python_version(),
+        },
+    )
+
+
+def _front_rows(values: np.ndarray, indices: np.ndarray, ties: np.ndarray) -> np.ndarray:
+    """Positions of the front's rows, by the first objective; equal vectors by their lowest index."""
+    if not len(values):
+        return np.zeros(0, np.int64)
+    members = np.flatnonzero(front(values))
+    _, first, _ = distinct(values[members], indices[members], ties[members])
+    position = members[np.isin(indices[members], first)]
+    return position[np.argsort(values[position, 0], kind="stable")]
+
+
+def _least(space: CompiledSpace, c: Coefficients, index: int) -> tuple[pd.DataFrame, tuple[Binding, ...]]:
+    """The least-violating plan and each limit that it breaks."""
+    row = recheck(space, c, np.array([index]))
+    frame, excess = row.rows, row.excess[0]
+    usable = float(frame["usable_gib"].iloc[0])
+    limits: Sequence[tuple[str, str, float]] = (("memory_gib", "max", usable), *space.constraints)
+    broken = []
+    for (metric, op, bound), over in zip(limits, excess, strict=True):
+        if over > 0:
+            value = bound * (1.0 + over) if op == "max" else bound / (1.0 + over)
+            broken.append(Binding(metric=metric, value=float(value), op=op, bound=float(bound)))
+    return frame, tuple(broken)
+
+
+def _ratio(result: SearchResult, whole: Rechecked) -> float:
+    """Hypervolume of a sampled front over the exhaustive front's, from the corner of the latter's worst values."""
+    names = [name for name, _ in result.objectives]
+    sign = np.array(signed(result.objectives))
+    exact = whole.objectives[whole.feasible]
+    sampled = result.front[names].to_numpy(float) * sign
+    everything = np.concatenate([exact[front(exact)], sampled])
+    reference = everything.max(axis=0) + 0.01 * np.maximum(np.ptp(everything, axis=0), np.abs(everything.max(axis=0)))
+    volume = hypervolume(exact, reference)
+    return hypervolume(sampled, reference) / volume if volume > 0 else 1.0
+
+
+def describe_run(result: SearchResult) -> dict[str, Any]:
+    """run.json: everything needed to repeat or to judge a run."""
+    return {
+        "name": result.name,
+        "sampler": result.sampler,
+        "objectives": dict(result.objectives),
+        "constraints": [list(x) for x in result.constraints],
+        "enumerated": result.enumerated,
+        "legal": result.legal,
+        "evaluated": result.evaluated,
+        "feasible": result.feasible,
+        "funnel": [list(stage) for stage in result.funnel],
+        "cuts": result.cuts,
+        "seconds": round(result.seconds, 3),
+        "points_per_second": round(result.rate),
+        "partial": result.partial,
+        "hypervolume_ratio": result.hypervolume_ratio,
+        "binding": [b.text for b in result.binding],
+        **result.run,
+    }
+
+
+__all__ = ["BEST", "COMPARABLE", "ENGINES", "SAMPLERS", "describe_run", "finish", "search"]

@@ -1,0 +1,99 @@
+"""Estimates as columns for people: ms, GiB, tokens/s/GPU, USD; the breakdown; feasible or the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dse.cost.evaluate import Estimate
+from dse.cost.memory import Memory
+from dse.cost.step import Step
+from dse.units import GIB, MS
+
+Array = np.ndarray
+
+# Parts of a step in the order in which a breakdown is drawn; `hidden` is what overlap saves (negative bar).
+STEP_PARTS = (
+    "projections",
+    "attention",
+    "dense",
+    "experts",
+    "elementwise",
+    "head",
+    "reduce",
+    "exchange",
+    "sequence",
+    "overhead",
+    "hidden",
+)
+STEPS = ("decode", "mixed", "prefill")
+MEMORY_PARTS = ("weights", "kv", "activations", "buffers", "reserve")
+
+
+def columns(estimate: Estimate, concurrency: Array, attention_dp: Array) -> dict[str, Array]:
+    """Contract columns of a batch of estimates (leaves (n,)), in their order."""
+    served, memory = estimate.served, estimate.memory
+    feasible, reason = fits(memory, concurrency, attention_dp)
+    result: dict[str, Array] = {
+        "ttft_ms": estimate.ttft / MS,
+        "tpot_ms": estimate.tpot / MS,
+        "output_tok_s_gpu": estimate.output_rate,
+        "tok_s_user": estimate.user_rate,
+        "e2e_ms": estimate.e2e / MS,
+        "memory_gib": memory.total / GIB,
+        "feasible": feasible,
+        "reason": reason,
+        "total_tok_s_gpu": estimate.total_rate,
+        "requests_s": estimate.request_rate,
+        "gpus": estimate.gpus,
+        "usd_per_mtok": estimate.usd_per_mtok,
+        "joules_per_token": estimate.joules_per_token,
+        "queue_ms": served.queue / MS,
+        "running": served.running,
+        "kv_requests": memory.requests,
+    }
+    for name in STEPS:
+        step: Step = getattr(served, name)
+        result[f"{name}_step_ms"] = np.asarray(step.total) / MS
+        for part in STEP_PARTS:
+            result[f"{name}_{part}_ms"] = np.asarray(getattr(step, part)) / MS
+    for part in MEMORY_PARTS:
+        result[f"{part}_gib"] = np.asarray(getattr(memory, part)) / GIB
+    result["usable_gib"] = np.asarray(memory.usable) / GIB
+    return {name: np.asarray(values) for name, values in result.items()}
+
+
+def fits(memory: Memory, concurrency: Array, attention_dp: Array) -> tuple[Array, Array]:
+    """Whether a plan fits in memory, and the one reason why it does not."""
+    total, usable = np.asarray(memory.total), np.asarray(memory.usable)
+    static = total - np.asarray(memory.kv)
+    feasible = total <= usable
+    asked = np.maximum(np.asarray(concurrency) / np.asarray(attention_dp), 1.0)
+    held = np.floor(np.asarray(memory.requests))
+    reason = np.full(np.shape(total), "", dtype=object)
+    for i in zip(*np.nonzero(~feasible), strict=True):
+        if static[i] > usable[i]:
+            reason[i] = f"memory: {static[i] / GIB:.1f} GiB without any KV cache, {usable[i] / GIB:.1f} GiB usable"
+        else:
+            reason[i] = f"memory: KV cache holds {held[i]:.0f} of {asked[i]:.0f} requests a rank"
+    return feasible, reason
+
+
+def mean_over_mix(estimate: Estimate, weights: Array) -> Estimate:
+    """Estimates (n, W) of a mix of workloads -> (n,): weighted means; memory of the most demanding workload."""
+    import jax
+
+    worst = np.argmax(np.asarray(estimate.memory.total), axis=-1)
+    rows = np.arange(len(worst))
+
+    def mean(leaf: Any) -> Array:
+        return np.asarray(leaf) @ weights
+
+    def at_worst(leaf: Any) -> Array:
+        return np.asarray(leaf)[rows, worst]
+
+    averaged: Callable[[Any], Any] = lambda tree: jax.tree.map(mean, tree)  # noqa: E731
+    result = averaged(estimate)
+    return type(estimate)(**{**vars(result), "memory": jax.tree.map(at_worst, estimate.memory)})
