@@ -27,6 +27,7 @@ from dse.cost.types import (
     Topology,
     pytree,
 )
+from dse.numerics import safe_divide
 
 
 @pytree
@@ -177,7 +178,7 @@ def _mixer(mixer: Mixer, plan: Plan, device: Device, topology: Topology, c: Coef
     shapes = [shard_gemm(g, plan.tp, core.kv_heads if core is not None else 1.0) for g in mixer.gemms]
     kernels = _present(shapes) + c.elementwise_kernels
     if core is not None:
-        kernels = kernels + jnp.where(core.heads > 0, 1.0, 0.0)
+        kernels = kernels + jnp.where(core.kv_elements > 0, 1.0, 0.0)
     if indexer is not None:
         kernels = kernels + jnp.where(indexer.heads > 0, 2.0, 0.0)  # scores, top-k
     state_cost = None
@@ -202,7 +203,7 @@ def expert_shapes(routed: Routed, moe_tp: Number) -> tuple[GemmShape, GemmShape]
     """Up (with gate) and down projections of one expert on one MoE-TP rank."""
     width = routed.width / moe_tp
     return (
-        GemmShape(k=routed.d_in, n=(routed.matrices - 1.0) * width),
+        GemmShape(k=routed.d_in, n=jnp.maximum(routed.matrices - 1.0, 0.0) * width),
         GemmShape(k=width, n=routed.d_in),
     )
 
@@ -246,7 +247,7 @@ def _routed(
         dense=tuple(_roof(s, "ffn", plan, device, c) for s in extra_shapes(routed, hidden)),
         experts=routed.experts,
         top_k=routed.top_k,
-        down_share=1.0 / routed.matrices,
+        down_share=safe_divide(1.0, routed.matrices),
         imbalance=1.0 + (c.imbalance - 1.0) * (1.0 - 1.0 / plan.moe_ep),
         exchange=exchanges(plan),
         dispatch=travel(p.dispatch_bytes),
