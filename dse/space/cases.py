@@ -1,0 +1,279 @@
+"""Cases: one deployment a row, priced in one batch; a bad row gets its reason and never stops the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from dse.catalog import hardware
+from dse.catalog.align import align
+from dse.catalog.model_schema import ModelEntry
+from dse.catalog.models import model, to_architecture
+from dse.catalog.precision import resolve
+from dse.catalog.schema import GpuEntry
+from dse.cost.coefficients import Coefficients
+from dse.cost.evaluate import Estimate, Scenario, estimate
+from dse.cost.types import OVERLAPS, Load, Plan, stack
+from dse.errors import InputError, unknown
+from dse.space.columns import columns
+from dse.space.facts import facts
+
+REQUIRED = ("model", "gpu", "isl", "osl")
+BLOCK = 65_536  # rows a call
+
+# Counts with their defaults; "" stands for a missing cell.
+_COUNTS = {"tp": 1, "pp": 1, "attention_dp": 1, "cp": 1, "concurrency": 1, "chunk": 8192}
+_SPECULATION = {"": 0, "no": 0, "none": 0, "false": 0, "unknown": 0, "mtp_likely": None, "yes": None, "mtp": None}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One valid row, looked up."""
+
+    entry: ModelEntry
+    gpu: GpuEntry
+    cluster: str
+    weights: str
+    kv: str
+    plan: dict[str, float]
+    load: Load
+
+
+def estimate_cases(cases: pd.DataFrame, coefficients: Coefficients) -> pd.DataFrame:
+    """The input columns, then the contract's: one row in, one row out, same order (float64).
+
+    Unknown columns pass through unread. Raises InputError only where no row could be read at all: required columns
+    missing. Rows that cannot be priced have `feasible` False and a `reason`.
+    """
+    missing = [name for name in REQUIRED if name not in cases.columns]
+    if missing:
+        raise InputError(
+            f"cases: column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing (required: {', '.join(REQUIRED)})"
+        )
+    rows: list[Case | str] = [_parse(row) for row in _records(cases)]
+    valid = [i for i, row in enumerate(rows) if isinstance(row, Case)]
+    priced = _price([row for row in rows if isinstance(row, Case)], coefficients) if valid else {}
+    names = list(priced) or list(columns_of_nothing())
+    result: dict[str, Any] = {}
+    for name in names:
+        filled = np.full(len(rows), np.nan, dtype=object if name in ("feasible", "reason") else float)
+        if valid:
+            filled[valid] = priced[name]
+        result[name] = filled
+    for i, row in enumerate(rows):
+        if isinstance(row, str):
+            result["feasible"][i], result["reason"][i] = False, row
+    kept = cases.drop(columns=[name for name in result if name in cases.columns])
+    return pd.concat([kept.reset_index(drop=True), pd.DataFrame(result)], axis=1)
+
+
+def columns_of_nothing() -> Iterable[str]:
+    """The result's columns where no row could be priced."""
+    return ("ttft_ms", "tpot_ms", "output_tok_s_gpu", "tok_s_user", "e2e_ms", "memory_gib", "feasible", "reason")
+
+
+def _records(cases: pd.DataFrame) -> list[dict[str, str]]:
+    """Rows as text, missing cells as ""; whole numbers lose a spurious `.0`."""
+    known = [name for name in cases.columns if name in _READ or str(name).startswith(("prefill_", "decode_"))]
+    text = cases[known].astype(object).where(cases[known].notna(), "")
+    return [{str(k): str(v).strip() for k, v in row.items()} for row in text.to_dict("records")]
+
+
+_READ = frozenset(
+    (
+        *REQUIRED,
+        *_COUNTS,
+        *("cluster", "weights", "kv", "moe_tp", "moe_ep", "prefix_hit", "speculation", "overlap"),
+    )
+)
+
+
+def _parse(row: dict[str, str]) -> Case | str:
+    """A looked-up case, or why the row cannot be priced."""
+    try:
+        return _case(row)
+    except InputError as error:
+        return str(error)
+
+
+def _case(row: dict[str, str]) -> Case:
+    if any(name.startswith(("prefill_", "decode_")) and row[name] for name in row):
+        raise InputError("split deployments (prefill_* and decode_* columns) cannot be priced yet")
+    if not row["model"]:
+        raise InputError("model: is empty (required)")
+    entry, gpu = model(row["model"]), hardware.gpu(row["gpu"])
+    counts = {name: _number(row, name, default, low=1.0, whole=True) for name, default in _COUNTS.items()}
+    overlap = [part.strip() for part in (row.get("overlap") or "none").split("/")]
+    for rule in overlap:
+        if rule not in OVERLAPS:
+            raise unknown("overlap rule", rule, OVERLAPS, "overlap")
+    degrees = _degrees(row, entry, counts)
+    return Case(
+        entry=entry,
+        gpu=gpu,
+        cluster=hardware.cluster(row.get("cluster") or gpu.default_cluster).name,
+        weights=row.get("weights") or "native",
+        kv=row.get("kv") or "auto",
+        plan={
+            **degrees,
+            "overlap_prefill": float(OVERLAPS.index(overlap[0])),
+            "overlap_decode": float(OVERLAPS.index(overlap[-1])),
+        },
+        load=Load(
+            isl=_number(row, "isl", None, low=1.0),
+            osl=_number(row, "osl", None, low=1.0),
+            concurrency=counts["concurrency"],
+            chunk=counts["chunk"],
+            prefix_hit=_number(row, "prefix_hit", 0.0, low=0.0, high=1.0),
+            draft_tokens=_draft(row.get("speculation", ""), entry),
+        ),
+    )
+
+
+def _degrees(row: dict[str, str], entry: ModelEntry, counts: dict[str, float]) -> dict[str, float]:
+    """Parallel degrees that belong together; moe_* are ignored for dense models and derived where left out."""
+    shape = facts([entry])
+    tp, pp, stage = counts["tp"], counts["pp"], counts["tp"] * counts["attention_dp"] * counts["cp"]
+    if not shape.tp(np.array([int(tp)]))[0, 0]:
+        allowed = [str(n) for n in 2 ** np.arange(8) if shape.tp(np.array([n]))[0, 0]]
+        raise InputError(f"tp: {tp:g} does not divide the heads and widths of {entry.name} (allowed: {', '.join(allowed)})")
+    if pp > entry.layers:
+        raise InputError(f"pp: {pp:g} is more than the {entry.layers} layers of {entry.name}")
+    moe_ep = moe_tp = 1.0
+    if shape.moe[0]:
+        ep, mtp = row.get("moe_ep", ""), row.get("moe_tp", "")
+        moe_ep = _number(row, "moe_ep", 1.0, low=1.0, whole=True)
+        moe_tp = _number(row, "moe_tp", 1.0, low=1.0, whole=True)
+        if not mtp:
+            moe_tp = stage / moe_ep
+        elif not ep:
+            moe_ep = stage / moe_tp
+        if moe_ep * moe_tp != stage:
+            raise InputError(
+                f"moe_ep * moe_tp = {moe_ep * moe_tp:g} is not tp * attention_dp * cp = {stage:g}; they share the GPUs"
+            )
+    else:
+        moe_tp = stage
+    return {
+        "tp": tp,
+        "pp": pp,
+        "attention_dp": counts["attention_dp"],
+        "cp": counts["cp"],
+        "moe_tp": moe_tp,
+        "moe_ep": moe_ep,
+    }
+
+
+def _number(
+    row: dict[str, str],
+    name: str,
+    default: float | None,
+    low: float = 0.0,
+    high: float = 1e12,
+    whole: bool = False,
+) -> float:
+    text = row.get(name, "")
+    if not text:
+        if default is None:
+            raise InputError(f"{name}: is empty (required)")
+        return float(default)
+    try:
+        value = float(text)
+    except ValueError:
+        raise InputError(f"{name}: {text!r} is not a number") from None
+    if not low <= value <= high or (whole and value != round(value)):
+        raise InputError(f"{name}: {text} is out of range (allowed: {'whole numbers ' if whole else ''}{low:g} to {high:g})")
+    return value
+
+
+def _draft(text: str, entry: ModelEntry) -> float:
+    """Drafted tokens a step: a number, or a word that says whether the run speculated (MTP depth of the model)."""
+    word = text.lower()
+    if word in _SPECULATION:
+        known = _SPECULATION[word]
+        return float(max(1, entry.mtp_depth) if known is None else known)
+    return _number({"speculation": text}, "speculation", 0.0, low=0.0, high=64.0)
+
+
+# ------------------------------------------------------------------------------------------- pricing
+
+
+def _price(cases: Sequence[Case], coefficients: Coefficients) -> dict[str, np.ndarray]:
+    """All cases in one batch of one structure, padded to a power of two so that few shapes are ever compiled."""
+    with jax.enable_x64(True):
+        scenarios = _scenarios(cases, coefficients)
+        parts = []
+        for start in range(0, len(cases), BLOCK):
+            count = min(BLOCK, len(cases) - start)
+            size = max(16, 1 << (count - 1).bit_length())
+            index = np.minimum(np.arange(start, start + size), len(cases) - 1)
+            result = estimate(jax.tree.map(lambda leaf, i=index: leaf[i], scenarios))
+            parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], result))
+    whole: Estimate = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    concurrency = np.array([case.load.concurrency for case in cases])
+    return columns(whole, concurrency, np.array([case.plan["attention_dp"] for case in cases]))
+
+
+def _scenarios(cases: Sequence[Case], coefficients: Coefficients) -> Scenario:
+    """Tables of what differs, gathered by row."""
+
+    def gather(key: Callable[[Case], Any], make: Callable[[Sequence[Case]], Any]) -> Any:
+        first: dict[Any, Case] = {}
+        index = np.array([list(first).index(k) if (k := key(c)) in first else _enter(first, k, c) for c in cases])
+        return jax.tree.map(lambda leaf: leaf[index], make(list(first.values())))
+
+    precisions = gather(
+        lambda c: (c.entry.name, c.gpu.name, c.weights, c.kv),
+        lambda some: stack([resolve(c.entry, _device(c.gpu), c.weights, c.kv) for c in some]),
+    )
+    n = len(cases)
+    plan = {name: np.array([c.plan[name] for c in cases]) for name in cases[0].plan}
+    sharded = bool((plan["cp"] > 1).any())
+    loads = stack([c.load for c in cases])
+    return Scenario(
+        architecture=gather(
+            lambda c: c.entry.name, lambda some: stack(align([to_architecture(c.entry) for c in some]))
+        ),
+        device=gather(lambda c: c.gpu.name, lambda some: stack([_device(c.gpu) for c in some])),
+        topology=gather(lambda c: c.cluster, _topologies),
+        plan=Plan(
+            **plan,
+            replicas=np.ones(n),
+            microbatches=np.zeros(n),
+            precision=precisions,
+            cp_method=np.zeros(n) if sharded else None,
+        ),
+        load=replace(
+            loads,
+            draft_tokens=loads.draft_tokens if np.any(loads.draft_tokens) else None,
+            waves=np.full(n, Load.waves),
+            acceptance=np.full(n, Load.acceptance),
+        ),
+        coefficients=jax.tree.map(lambda leaf: np.full(n, leaf, np.float64), coefficients),
+    )
+
+
+def _enter(table: dict[Any, Case], key: Any, case: Case) -> int:
+    table[key] = case
+    return len(table) - 1
+
+
+@cache
+def _device_of(name: str) -> Any:
+    return hardware.to_device(hardware.gpu(name))
+
+
+def _device(gpu: GpuEntry) -> Any:
+    return _device_of(gpu.name)
+
+
+def _topologies(some: Sequence[Case]) -> Any:
+    found = [hardware.to_topology(hardware.cluster(c.cluster)) for c in some]
+    depth = max(len(t.levels) for t in found)
+    return stack([hardware.pad_levels(t, depth) for t in found])
