@@ -1,0 +1,90 @@
+"""From a file (or plain data) to a `SpaceSpec`; everything wrong with it in one `InputError`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from dse.errors import InputError
+from dse.space import values as v
+from dse.space.schema import ALIASES, Axes, SpaceSpec
+from dse.space.yaml_file import parse_yaml, read_text
+
+MOST_SHOWN = 10
+
+
+def load_space(path: str | Path) -> SpaceSpec:
+    """The search space in a YAML file."""
+    path = Path(path)
+    return parse_space(parse_yaml(read_text(path), str(path)), str(path))
+
+
+def parse_space(mapping: Mapping[str, Any], where: str = "space") -> SpaceSpec:
+    """The search space in plain data; `where` begins every message."""
+    if not isinstance(mapping, Mapping):
+        raise InputError(
+            f"{where}: expected keys with values (models: ..., clusters: ..., ...), got {v.shown(mapping)}"
+        )
+    try:
+        spec = SpaceSpec.model_validate(dict(mapping))
+    except ValidationError as error:
+        raise together(where, [_line(item) for item in error.errors(include_url=False)]) from None
+    spec._where = where
+    return spec
+
+
+def together(where: str, problems: list[str]) -> InputError:
+    """One error of one or several problems, each `place: what (allowed); remedy`."""
+    problems = list(dict.fromkeys(problems))
+    if len(problems) == 1:
+        return InputError(f"{where}: {problems[0]}")
+    more = [f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else []
+    return InputError("\n  ".join([f"{where}: {len(problems)} problems", *problems[:MOST_SHOWN], *more]))
+
+
+def _line(item: Any) -> str:
+    place = _place(item["loc"])
+    if item["type"] == "extra_forbidden":
+        parent, key = item["loc"][:-1], item["loc"][-1]
+        return f"{_place(parent) or 'top level'}: {v.nearest(key, _known(parent), 'key')}"
+    if item["type"] == "missing":
+        return f"{place}: is required; " + _REMEDIES.get(place.split("[")[0], "add it")
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type", "list_type"):
+        message = f"{v.shown(item['input'])} is not {'a list' if item['type'] == 'list_type' else 'keys with values'}"
+    elif item["type"] != "value_error":
+        message = f"{message} (got {v.shown(item['input'])})"
+    return f"{place}{message}" if message.startswith(".") else f"{place or 'top level'}: {message}"
+
+
+_REMEDIES = {
+    "models": "write models: [Llama-3.1-70B] (`dse models` lists them)",
+    "clusters": "write clusters: [h100-dgx] (`dse gpus` lists them)",
+    "gpus": "write gpus: [8, 16], the GPUs of the whole deployment",
+    "workloads": "write workloads: [{isl: 2048, osl: 512}]",
+}
+
+
+def _place(loc: tuple[Any, ...]) -> str:
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")
+
+
+def _known(loc: tuple[Any, ...]) -> list[str]:
+    """The keys allowed at a place, by walking the spec's classes."""
+    cls: type[BaseModel] = SpaceSpec
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = cls.model_fields[str(part)].annotation
+        nested = [annotation, *get_args(annotation)]
+        cls = next(t for t in nested if isinstance(t, type) and issubclass(t, BaseModel))
+    return [*cls.model_fields, *(ALIASES if cls is Axes else ())]
+
+
+__all__ = ["load_space", "parse_space", "together"]

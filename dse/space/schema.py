@@ -1,0 +1,268 @@
+"""What a search space says: the YAML a person writes, validated once, all errors in one message.
+
+`SpaceSpec` holds clean values only: every axis is a tuple (or "auto": all that can be legal), every bound is in the
+unit that its metric's name carries. Names of models and GPUs are looked up when the space is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+from dse.catalog.precision import ACTIVATIONS, KV_FORMATS, WEIGHTS
+from dse.cost.types import CP_METHODS, DISPATCHES, OVERLAPS
+from dse.space import values as v
+from dse.space.metrics import METRICS
+
+_FORMATS = {"fp16": "bf16", "bfloat16": "bf16", "float16": "bf16", "nvfp4": "fp4", "mxfp8": "fp8"}
+
+
+def _numbers(unit: str = "", low: int = 1, auto: bool = False) -> BeforeValidator:
+    def read(value: Any) -> Any:
+        if auto and value == v.AUTO:
+            return value
+        try:
+            return v.numbers(value, partial(v.integer, unit=unit, low=low))
+        except ValueError as error:
+            raise ValueError(f"{error}{', or auto' if auto and isinstance(value, str) else ''}") from None
+
+    return BeforeValidator(read)
+
+
+def _names(known: tuple[str, ...], kind: str, aliases: Mapping[str, str] | None = None) -> BeforeValidator:
+    return BeforeValidator(lambda value: v.choices(value, known, aliases or {}, kind))
+
+
+def _amount(unit: str, low: float = 0.0, high: float = v.LARGEST, open_low: bool = False) -> BeforeValidator:
+    return BeforeValidator(lambda value: v.number(value, unit, low, high, open_low))
+
+
+def _whole(unit: str, low: int = 1) -> BeforeValidator:
+    return BeforeValidator(lambda value: v.integer(value, unit, low))
+
+
+def _microbatches(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    if isinstance(value, Mapping):
+        return v.numbers(value, v.integer)
+    return v.numbers([0 if item == v.AUTO else item for item in items], partial(v.integer, low=0))
+
+
+def _text(value: Any) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{v.shown(value)} is not a name; give text")
+    return value
+
+
+def _texts(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ValueError("an empty list leaves nothing to search; name at least one")
+    return v.distinct(tuple(_text(item) for item in items))
+
+
+Degrees = Annotated[tuple[int, ...] | Literal["auto"], _numbers(auto=True)]
+Whole = Annotated[tuple[int, ...] | None, _numbers()]
+Tokens = Annotated[tuple[int, ...], _numbers("tokens")]
+Rules = Annotated[tuple[str, ...] | None, _names(OVERLAPS, "overlap rule")]
+Switch = Annotated[bool, Field(strict=True)]
+Name = Annotated[str, BeforeValidator(_text)]
+OptionalName = Annotated[str | None, BeforeValidator(_text)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; a spec never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Axes(Strict):
+    """What is searched. A degree left out is `auto` for tp, ep, moe_tp and dp, and 1 for the others."""
+
+    tp: Degrees = "auto"
+    pp: Degrees = (1,)
+    attention_dp: Degrees = (1,)
+    cp: Degrees = (1,)
+    moe_tp: Degrees = "auto"
+    ep: Degrees = "auto"
+    dp: Degrees = "auto"
+    cp_method: Annotated[tuple[str, ...], _names(CP_METHODS, "cp_method")] = ("auto",)
+    sequence_parallel: Annotated[tuple[bool, ...], BeforeValidator(v.switches)] = (False,)
+    concurrency: Whole = None
+    batch: Whole = None
+    chunk: Tokens = (8192,)
+    weights: Annotated[tuple[str, ...], _names(WEIGHTS, "precision", _FORMATS)] = ("native",)
+    activations: Annotated[tuple[str, ...], _names(ACTIVATIONS, "precision", _FORMATS)] = ("auto",)
+    kv: Annotated[tuple[str, ...], _names(KV_FORMATS, "precision", _FORMATS)] = ("auto",)
+    overlap: Rules = None
+    overlap_prefill: Rules = None
+    overlap_decode: Rules = None
+    dispatch: Annotated[tuple[str, ...], _names(DISPATCHES, "dispatch")] = ("auto",)
+    draft_tokens: Annotated[tuple[int, ...], _numbers("tokens", low=0)] = (0,)
+    microbatches: Annotated[tuple[int, ...], BeforeValidator(_microbatches)] = (0,)
+    utilisation: Annotated[
+        tuple[float, ...],
+        BeforeValidator(lambda x: v.numbers(x, lambda one: v.number(one, "fraction", 0.0, 1.0, open_low=True))),
+    ] = (0.9,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _aliases(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        out = dict(data)
+        for alias, name in ALIASES.items():
+            if alias in out:
+                if name in out:
+                    raise ValueError(f"{alias!r} and {name!r} are the same axis; keep one")
+                out[name] = out.pop(alias)
+        for one, others in EXCLUSIVE:
+            also = next((other for other in others if other in out), None)
+            if one in out and also:
+                raise ValueError(f"{one!r} and {also!r} exclude each other; keep one")
+        return out
+
+
+ALIASES = {
+    "mtp": "draft_tokens",
+    "speculation": "draft_tokens",
+    "moe_ep": "ep",
+    "replicas": "dp",
+    "memory_utilisation": "utilisation",
+    "utilization": "utilisation",
+}
+EXCLUSIVE = (("concurrency", ("batch",)), ("overlap", ("overlap_prefill", "overlap_decode")))
+
+
+class Workload(Strict):
+    """Requests of `isl` prompt and `osl` output tokens; `weight` is this kind's share of a mix (any scale)."""
+
+    isl: Annotated[int, _whole("tokens")]
+    osl: Annotated[int, _whole("tokens")]
+    prefix_hit: Annotated[float, _amount("fraction", 0.0, 1.0)] = 0.0
+    weight: Annotated[float, _amount("fraction", open_low=True)] = 1.0
+
+
+class ClusterChoice(Strict):
+    """A machine: a cluster, a GPU, or both; the one left out is the other's usual companion."""
+
+    cluster: OptionalName = None
+    gpu: OptionalName = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"cluster": data}
+        if isinstance(data, Mapping) and not data:
+            raise ValueError("names neither a cluster nor a gpu; write h100-dgx or {cluster: h100-dgx, gpu: h100}")
+        return data
+
+
+class Bound(Strict):
+    """A constraint on one metric, in the unit of its name."""
+
+    min: float | None = None
+    max: float | None = None
+
+
+def _bound(metric: str, value: Any) -> dict[str, float]:
+    unit, better = METRICS[metric]
+    usual = "max" if better == "min" else "min"
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{v.shown(value)} does not say which side is allowed; write {{{usual}: {value}}}")
+    if not value:
+        raise ValueError(f"no bound given; write {{{usual}: ...}}")
+    for key in value:
+        if key not in ("min", "max"):
+            raise ValueError(v.nearest(key, ("min", "max"), "key of a bound"))
+    bounds = {key: v.number(one, unit) for key, one in value.items()}
+    if bounds.get("min", 0.0) > bounds.get("max", v.LARGEST):
+        raise ValueError(f"min {bounds['min']:g} is more than max {bounds['max']:g}, which nothing meets; swap them")
+    return bounds
+
+
+class Options(Strict):
+    """Switches that widen what is legal, and the two load parameters that are not axes."""
+
+    uneven_pp: Switch = False
+    external_draft: Switch = False
+    extended_context: Switch = False
+    acceptance: Annotated[float, _amount("fraction", 0.0, 1.0)] = 0.7
+    waves: Annotated[float, _amount("", 1.0)] = 10.0
+
+
+class Hardware(Strict):
+    """GPUs and clusters of the space's own, by name, as the catalogue's files write them; sources may be left out."""
+
+    gpus: dict[str, Any] = {}
+    clusters: dict[str, Any] = {}
+
+
+def _objectives(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{v.shown(value)} is not names with directions; write {{output_tok_s_gpu: max, tpot_ms: min}}"
+        )
+    if not 1 <= len(value) <= 4:
+        raise ValueError(f"{len(value)} objectives (allowed: 1 to 4); a front of more has no reader")
+    result = []
+    for name, direction in value.items():
+        if name not in METRICS:
+            raise ValueError(v.nearest(name, list(METRICS), "metric"))
+        short = str(direction).lower()[:3] if isinstance(direction, str) else ""
+        if short not in ("min", "max"):
+            raise ValueError(f".{name}: {v.shown(direction)} is not a direction (allowed: min, max)")
+        if short != METRICS[name].better:
+            raise ValueError(f".{name}: {direction} would look for the worst plans (allowed: {METRICS[name].better})")
+        result.append((name, short))
+    return tuple(result)
+
+
+Objectives = Annotated[tuple[tuple[str, Literal["min", "max"]], ...], BeforeValidator(_objectives)]
+
+
+def _constraints(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{v.shown(value)} is not metrics with bounds; write {{ttft_ms: {{max: 1000}}}}")
+    result = {}
+    for name, bound in value.items():
+        if name not in METRICS:
+            raise ValueError(v.nearest(name, list(METRICS), "metric"))
+        try:
+            result[name] = _bound(name, bound)
+        except ValueError as error:
+            raise ValueError(f".{name}: {error}") from None
+    return result
+
+
+class SpaceSpec(Strict):
+    """A validated search space."""
+
+    name: Name = "space"
+    description: str = ""
+    models: Annotated[tuple[str, ...], BeforeValidator(_texts)]
+    clusters: Annotated[tuple[ClusterChoice, ...], BeforeValidator(lambda x: _some(x, "cluster"))]
+    gpus: Annotated[tuple[int, ...], _numbers("GPUs")]
+    workloads: Annotated[tuple[Workload, ...], BeforeValidator(lambda x: _some(x, "workload"))]
+    axes: Axes = Axes()
+    constraints: Annotated[dict[str, Bound], BeforeValidator(_constraints)] = {}
+    objectives: Objectives = (("output_tok_s_gpu", "max"), ("tpot_ms", "min"))
+    options: Options = Options()
+    hardware: Hardware = Hardware()
+    _where: str = PrivateAttr(default="")
+
+    @property
+    def where(self) -> str:
+        """The file the space is from, for messages."""
+        return self._where
+
+
+def _some(value: Any, kind: str) -> Any:
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ValueError(f"an empty list leaves nothing to search; name at least one {kind}")
+    return items
