@@ -1,1 +1,95 @@
-"""dse: which parallel plan, batch, precision, GPUs and pools to serve a large language model on, and at what cost."""
+"""dse: which parallel plan, batch, precision, GPUs and pools to serve a large language model on, and at what cost.
+
+Every command of `dse` is a thin skin over one function here. Names are imported when first used, so that
+`import dse` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dse.catalog.coefficients import coefficients
+    from dse.catalog.hardware import cluster, clusters, gpu, gpus
+    from dse.catalog.models import load_model_file, model, models
+    from dse.cost.coefficients import Coefficients
+    from dse.cost.evaluate import Estimate, Scenario
+    from dse.cost.evaluate import estimate as estimate_batch
+    from dse.errors import DseError, InputError
+    from dse.report.files import write_outputs
+    from dse.report.summary import Summary, summarise
+    from dse.search.result import SearchResult
+    from dse.search.run import search as search_space
+    from dse.space.cases import estimate_cases
+    from dse.space.compile import CompiledSpace, compile_space
+    from dse.space.load import load_space, parse_space
+    from dse.space.schema import SpaceSpec
+
+# public name -> (module, name there)
+_FACE = {
+    "Coefficients": ("dse.cost.coefficients", "Coefficients"),
+    "CompiledSpace": ("dse.space.compile", "CompiledSpace"),
+    "DseError": ("dse.errors", "DseError"),
+    "Estimate": ("dse.cost.evaluate", "Estimate"),
+    "InputError": ("dse.errors", "InputError"),
+    "Scenario": ("dse.cost.evaluate", "Scenario"),
+    "SearchResult": ("dse.search.result", "SearchResult"),
+    "SpaceSpec": ("dse.space.schema", "SpaceSpec"),
+    "Summary": ("dse.report.summary", "Summary"),
+    "cluster": ("dse.catalog.hardware", "cluster"),
+    "clusters": ("dse.catalog.hardware", "clusters"),
+    "coefficients": ("dse.catalog.coefficients", "coefficients"),
+    "compile_space": ("dse.space.compile", "compile_space"),
+    "estimate_batch": ("dse.cost.evaluate", "estimate"),
+    "estimate_cases": ("dse.space.cases", "estimate_cases"),
+    "gpu": ("dse.catalog.hardware", "gpu"),
+    "gpus": ("dse.catalog.hardware", "gpus"),
+    "load_model_file": ("dse.catalog.models", "load_model_file"),
+    "load_space": ("dse.space.load", "load_space"),
+    "model": ("dse.catalog.models", "model"),
+    "models": ("dse.catalog.models", "models"),
+    "parse_space": ("dse.space.load", "parse_space"),
+    "search_space": ("dse.search.run", "search"),
+    "summarise": ("dse.report.summary", "summarise"),
+    "write_outputs": ("dse.report.files", "write_outputs"),
+}
+
+__all__ = [
+    "Coefficients",
+    "CompiledSpace",
+    "DseError",
+    "Estimate",
+    "InputError",
+    "Scenario",
+    "SearchResult",
+    "SpaceSpec",
+    "Summary",
+    "cluster",
+    "clusters",
+    "coefficients",
+    "compile_space",
+    "estimate_batch",
+    "estimate_cases",
+    "gpu",
+    "gpus",
+    "load_model_file",
+    "load_space",
+    "model",
+    "models",
+    "parse_space",
+    "search_space",
+    "summarise",
+    "write_outputs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"module 'dse' has no attribute {name!r}")
+    module, attribute = _FACE[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

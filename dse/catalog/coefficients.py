@@ -34,7 +34,7 @@ def load_coefficients(path: Path) -> Coefficients:
     values = data.get("coefficients", data) if isinstance(data, dict) else None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no coefficients; write `name: value` lines such as `gemm_bf16: 0.75`")
-    names = [f.name for f in fields(Coefficients)]  # type: ignore[arg-type]
+    names = [f.name for f in fields(Coefficients)]
     problems = []
     for key, value in values.items():
         if key not in names:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def tables(space: CompiledSpace, coefficients: Coefficients, dtype: Any) -> Tabl
             machine=d.machine.astype(np.int32),
             precision=d.precision_index.astype(np.int32),
             utilisation=np.asarray(d.utilisation, dtype),
-            plan=real(replace(everything, precision=np.zeros(len(d)))),
+            plan=real(replace(everything, precision=cast(Any, None))),  # design_at looks it up
         ),
         loads=real(load),
         isl=np.asarray(w.isl, dtype),
@@ -143,12 +143,11 @@ def tables(space: CompiledSpace, coefficients: Coefficients, dtype: Any) -> Tabl
 
 def goals(space: CompiledSpace, dtype: Any, front: np.ndarray | None = None, threshold: float = np.inf) -> Goals:
     """Goals that discard what `front` (n, K) beats."""
-    known = front is not None and len(front) > 0
     bounds = np.array([c.bound for c in space.constraints], dtype)
     limit = np.asarray(threshold, dtype)
     if len(space.objectives) == 2:
         table, start, scale = np.full(BINS, np.inf), 0.0, 0.0
-        if known:
+        if front is not None and len(front):
             table, start, scale = staircase(front, np.array(margins(space.objectives)), BINS)
         numbers = (np.asarray(x, dtype) for x in (table, start, scale))
         return Goals(
@@ -158,7 +157,7 @@ def goals(space: CompiledSpace, dtype: Any, front: np.ndarray | None = None, thr
             **dict(zip(("stairs", "stairs_start", "stairs_scale"), numbers, strict=True)),
         )
     padded = np.full((REFERENCES, len(space.objectives)), np.inf, dtype)
-    if known:
+    if front is not None and len(front):
         some = front[spread(front, REFERENCES)]
         padded[: len(some)] = some
     return Goals(bounds=bounds, threshold=limit, references=padded, stairs=None, stairs_start=None, stairs_scale=None)
@@ -267,17 +266,18 @@ def sift(objectives: Number, excess: Number, inside: Number, target: Goals, aske
 
 def _beaten(objectives: Number, target: Goals, margin: list[float]) -> Number:
     """Points that the front so far beats by the margin (never too many: what is left goes to the host)."""
-    if target.references is None:
+    if target.stairs is not None:
         first, second = objectives[..., 0], objectives[..., 1]
         place = jnp.clip((first - target.stairs_start) * target.stairs_scale, 0.0, BINS - 1.0)
         # One bin back: rounding may put a point one bin too far.
         best = target.stairs[jnp.maximum(place.astype(jnp.int32) - 1, 0)]
         return (second > best + margin[1] * jnp.abs(best)) | (second == best)
+    references = jnp.asarray(target.references)
     beaten = jnp.zeros(objectives.shape[:-1], bool)
     for r in range(REFERENCES):
         no_better, better = jnp.ones(beaten.shape, bool), jnp.zeros(beaten.shape, bool)
         for k, m in enumerate(margin):
-            reference, value = target.references[r, k], objectives[..., k]
+            reference, value = references[r, k], objectives[..., k]
             worse = value > reference + m * jnp.abs(reference)
             no_better, better = no_better & (worse | (value == reference)), better | worse
         beaten = beaten | (no_better & better)

@@ -145,7 +145,7 @@ class RunningFront:
             return False
         parts = ([(self.values, self.indices, self.ties)] if len(self.values) else []) + self._pending
         merged = tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
-        values, indices, ties = distinct(*merged)  # type: ignore[arg-type]
+        values, indices, ties = distinct(*merged)
         usable = ~np.isnan(values).any(axis=1)
         values, indices, ties = values[usable], indices[usable], ties[usable]
         keep = ~dominated_by(values, values[front(values)], self.margin)

@@ -30,7 +30,7 @@ class Rechecked:
 
     @property
     def feasible(self) -> np.ndarray:
-        return (self.excess <= 1e-12).all(axis=1)
+        return np.asarray((self.excess <= 1e-12).all(axis=1))
 
 
 def recheck(space: CompiledSpace, coefficients: Coefficients, flat: np.ndarray) -> Rechecked:

@@ -80,12 +80,13 @@ def finish(
     values = kept.objectives[feasible]
     on_front = _front_rows(values, kept.indices[feasible], found.front.ties[feasible])
     stages = ("fits in memory", *(f"meets {x.metric} {x.op} {x.bound:g}" for x in space.constraints))
-    funnel = (("enumerated", space.enumerated), ("legal", space.legal))
+    funnel: tuple[tuple[str, int], ...] = (("enumerated", space.enumerated), ("legal", space.legal))
     if found.evaluated < space.legal:
         funnel += (("evaluated", found.evaluated),)
     funnel += tuple(zip(stages, (int(n) for n in found.passed), strict=True))
-    best = np.argsort(values[:, 0], kind="stable")[:BEST] if len(values) else []
-    least, binding = (None, ())
+    best = np.argsort(values[:, 0], kind="stable")[:BEST] if len(values) else np.zeros(0, np.int64)
+    least: pd.DataFrame | None = None
+    binding: tuple[Binding, ...] = ()
     if not len(values) and found.least[1] >= 0:
         least, binding = _least(space, c, found.least[1])
     return SearchResult(

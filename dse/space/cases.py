@@ -19,7 +19,7 @@ from dse.catalog.precision import resolve
 from dse.catalog.schema import GpuEntry
 from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Estimate, Scenario, estimate
-from dse.cost.types import OVERLAPS, Load, Plan, stack
+from dse.cost.types import OVERLAPS, Device, Load, Plan, Precision, stack
 from dse.errors import InputError, unknown
 from dse.space.columns import columns
 from dse.space.facts import facts
@@ -39,8 +39,7 @@ class Case:
     entry: ModelEntry
     gpu: GpuEntry
     cluster: str
-    weights: str
-    kv: str
+    precision: Precision
     plan: dict[str, float]
     load: Load
 
@@ -53,9 +52,8 @@ def estimate_cases(cases: pd.DataFrame, coefficients: Coefficients) -> pd.DataFr
     """
     missing = [name for name in REQUIRED if name not in cases.columns]
     if missing:
-        raise InputError(
-            f"cases: column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing (required: {', '.join(REQUIRED)})"
-        )
+        what = f"column{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        raise InputError(f"cases: {what} missing (required: {', '.join(REQUIRED)})")
     rows: list[Case | str] = [_parse(row) for row in _records(cases)]
     valid = [i for i, row in enumerate(rows) if isinstance(row, Case)]
     priced = _price([row for row in rows if isinstance(row, Case)], coefficients) if valid else {}
@@ -118,8 +116,7 @@ def _case(row: dict[str, str]) -> Case:
         entry=entry,
         gpu=gpu,
         cluster=hardware.cluster(row.get("cluster") or gpu.default_cluster).name,
-        weights=row.get("weights") or "native",
-        kv=row.get("kv") or "auto",
+        precision=_precision(entry, gpu, row.get("weights") or "native", row.get("kv") or "auto"),
         plan={
             **degrees,
             "overlap_prefill": float(OVERLAPS.index(overlap[0])),
@@ -142,7 +139,8 @@ def _degrees(row: dict[str, str], entry: ModelEntry, counts: dict[str, float]) -
     tp, pp, stage = counts["tp"], counts["pp"], counts["tp"] * counts["attention_dp"] * counts["cp"]
     if not shape.tp(np.array([int(tp)]))[0, 0]:
         allowed = [str(n) for n in 2 ** np.arange(8) if shape.tp(np.array([n]))[0, 0]]
-        raise InputError(f"tp: {tp:g} does not divide the heads and widths of {entry.name} (allowed: {', '.join(allowed)})")
+        what = f"the heads and widths of {entry.name} (allowed: {', '.join(allowed)})"
+        raise InputError(f"tp: {tp:g} does not divide {what}")
     if pp > entry.layers:
         raise InputError(f"pp: {pp:g} is more than the {entry.layers} layers of {entry.name}")
     moe_ep = moe_tp = 1.0
@@ -188,7 +186,8 @@ def _number(
     except ValueError:
         raise InputError(f"{name}: {text!r} is not a number") from None
     if not low <= value <= high or (whole and value != round(value)):
-        raise InputError(f"{name}: {text} is out of range (allowed: {'whole numbers ' if whole else ''}{low:g} to {high:g})")
+        kind = "whole numbers " if whole else ""
+        raise InputError(f"{name}: {text} is out of range (allowed: {kind}{low:g} to {high:g})")
     return value
 
 
@@ -225,13 +224,12 @@ def _scenarios(cases: Sequence[Case], coefficients: Coefficients) -> Scenario:
 
     def gather(key: Callable[[Case], Any], make: Callable[[Sequence[Case]], Any]) -> Any:
         first: dict[Any, Case] = {}
-        index = np.array([list(first).index(k) if (k := key(c)) in first else _enter(first, k, c) for c in cases])
+        for case in cases:
+            first.setdefault(key(case), case)
+        place = {k: i for i, k in enumerate(first)}
+        index = np.array([place[key(case)] for case in cases])
         return jax.tree.map(lambda leaf: leaf[index], make(list(first.values())))
 
-    precisions = gather(
-        lambda c: (c.entry.name, c.gpu.name, c.weights, c.kv),
-        lambda some: stack([resolve(c.entry, _device(c.gpu), c.weights, c.kv) for c in some]),
-    )
     n = len(cases)
     plan = {name: np.array([c.plan[name] for c in cases]) for name in cases[0].plan}
     sharded = bool((plan["cp"] > 1).any())
@@ -240,13 +238,13 @@ def _scenarios(cases: Sequence[Case], coefficients: Coefficients) -> Scenario:
         architecture=gather(
             lambda c: c.entry.name, lambda some: stack(align([to_architecture(c.entry) for c in some]))
         ),
-        device=gather(lambda c: c.gpu.name, lambda some: stack([_device(c.gpu) for c in some])),
+        device=gather(lambda c: c.gpu.name, lambda some: stack([_device_of(c.gpu.name) for c in some])),
         topology=gather(lambda c: c.cluster, _topologies),
         plan=Plan(
             **plan,
             replicas=np.ones(n),
             microbatches=np.zeros(n),
-            precision=precisions,
+            precision=gather(lambda c: id(c.precision), lambda some: stack([c.precision for c in some])),
             cp_method=np.zeros(n) if sharded else None,
         ),
         load=replace(
@@ -259,18 +257,20 @@ def _scenarios(cases: Sequence[Case], coefficients: Coefficients) -> Scenario:
     )
 
 
-def _enter(table: dict[Any, Case], key: Any, case: Case) -> int:
-    table[key] = case
-    return len(table) - 1
-
-
 @cache
-def _device_of(name: str) -> Any:
-    return hardware.to_device(hardware.gpu(name))
+def _device_of(gpu: str) -> Device:
+    return hardware.to_device(hardware.gpu(gpu))
 
 
-def _device(gpu: GpuEntry) -> Any:
-    return _device_of(gpu.name)
+_PRECISIONS: dict[tuple[str, str, str, str], Precision] = {}
+
+
+def _precision(entry: ModelEntry, gpu: GpuEntry, weights: str, kv: str) -> Precision:
+    """Formats of a model on a GPU, each worked out once."""
+    key = (entry.name, gpu.name, weights, kv)
+    if key not in _PRECISIONS:
+        _PRECISIONS[key] = resolve(entry, _device_of(gpu.name), weights, kv)
+    return _PRECISIONS[key]
 
 
 def _topologies(some: Sequence[Case]) -> Any:
