@@ -49,7 +49,8 @@ def search(
     from rich.console import Console
 
     from dse.catalog.coefficients import coefficients as coefficient_set
-    from dse.report.files import check_directory, write_outputs
+    from dse.files import output_directory
+    from dse.report.files import write_outputs
     from dse.report.summary import summarise
     from dse.report.text import render
     from dse.search.run import search as run
@@ -57,7 +58,7 @@ def search(
 
     _compile_cache()
     spec = load_space(space)
-    check_directory(out)
+    output_directory(out)  # before the work, not after
     with _progress(f"{spec.name}: plans priced") as advance:
         result = run(
             spec,
@@ -69,9 +70,10 @@ def search(
             compare=compare,
             progress=advance,
         )
-    write_outputs(result, out)
-    Console().print(render(summarise(result)))
-    typer.echo(f"written: {', '.join(str(out / name) for name in OUTPUTS)}")
+    summary = summarise(result)
+    written = write_outputs(result, out, summary)
+    Console(width=None if sys.stdout.isatty() else 120).print(render(summary))
+    typer.echo(f"written: {', '.join(str(path) for path in written)}")
     if not len(result.front):
         binding = "; ".join(b.text for b in result.binding) or "no point could be priced"
         raise NothingFeasible(f"{space}: no plan meets every constraint; the nearest one breaks {binding}")

@@ -116,7 +116,7 @@ def _case(row: dict[str, str]) -> Case:
         entry=entry,
         gpu=gpu,
         cluster=hardware.cluster(row.get("cluster") or gpu.default_cluster).name,
-        precision=_precision(entry, gpu, row.get("weights") or "native", row.get("kv") or "auto"),
+        precision=_precision(entry.name, gpu.name, row.get("weights") or "native", row.get("kv") or "auto"),
         plan={
             **degrees,
             "overlap_prefill": float(OVERLAPS.index(overlap[0])),
@@ -262,15 +262,10 @@ def _device_of(gpu: str) -> Device:
     return hardware.to_device(hardware.gpu(gpu))
 
 
-_PRECISIONS: dict[tuple[str, str, str, str], Precision] = {}
-
-
-def _precision(entry: ModelEntry, gpu: GpuEntry, weights: str, kv: str) -> Precision:
+@cache
+def _precision(model_name: str, gpu: str, weights: str, kv: str) -> Precision:
     """Formats of a model on a GPU, each worked out once."""
-    key = (entry.name, gpu.name, weights, kv)
-    if key not in _PRECISIONS:
-        _PRECISIONS[key] = resolve(entry, _device_of(gpu.name), weights, kv)
-    return _PRECISIONS[key]
+    return resolve(model(model_name), _device_of(gpu), weights, kv)
 
 
 def _topologies(some: Sequence[Case]) -> Any:

@@ -1,0 +1,162 @@
+"""One plan of a result as data for people: its settings, what it delivers, its steps and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dse.report.names import DEGREES, METRIC_LABELS, PART_LABELS, SETTINGS, limit, plain, quantity, setting
+from dse.space.columns import MEMORY_PARTS, STEP_PARTS, STEPS
+
+Row = Mapping[Any, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """`share` of the step's time, or of usable memory."""
+
+    key: str
+    label: str
+    value: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """One engine step. Parts are as if nothing overlapped: they add up to `total_ms + hidden_ms`."""
+
+    step: str
+    total_ms: float
+    hidden_ms: float
+    parts: tuple[Part, ...]
+
+    @property
+    def hidden_share(self) -> float:
+        return self.hidden_ms / self.total_ms
+
+    def part(self, key: str) -> Part | None:
+        return next((p for p in self.parts if p.key == key), None)
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """GiB of the fullest GPU."""
+
+    total: float
+    usable: float
+    parts: tuple[Part, ...]
+
+    @property
+    def free(self) -> float:
+        return self.usable - self.total
+
+    @property
+    def share(self) -> float:
+        return self.total / self.usable if self.usable else 0.0
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A plan against one constraint; `used` is 1 at the limit, above it the limit is broken."""
+
+    text: str
+    value: float
+    bound: float
+    used: float
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """`role`: why this plan is shown. `headline`: it in a line. `settings`: (name, value). `metrics`: by column."""
+
+    role: str
+    headline: str
+    settings: tuple[tuple[str, str], ...]
+    metrics: dict[str, float]
+    limits: tuple[Limit, ...]
+    steps: tuple[Breakdown, ...]
+    memory: MemoryUse | None
+    ties: int
+
+    @property
+    def step_parts(self) -> tuple[str, ...]:
+        """Parts that any of its steps has, in the order in which they are drawn."""
+        present = {part.key for step in self.steps for part in step.parts}
+        return tuple(part for part in STEP_PARTS if part in present)
+
+
+def summarise_plan(row: Row, role: str, constraints: Sequence[tuple[str, str, float]]) -> PlanSummary:
+    """A row of a result's DataFrame, as data."""
+    return PlanSummary(
+        role=role,
+        headline=headline(row),
+        settings=tuple((SETTINGS[c][0], setting(row[c])) for c in SETTINGS if c in row and _says_something(row, c)),
+        metrics={name: float(row[name]) for name in METRIC_LABELS if name in row},
+        limits=tuple(_limit(row, *x) for x in constraints if x[0] in row),
+        steps=tuple(b for b in (_breakdown(row, step) for step in STEPS) if b is not None),
+        memory=_memory(row),
+        ties=int(row.get("ties", 1)),
+    )
+
+
+def headline(row: Row, model: bool = True) -> str:
+    """`Llama-3.1-70B on 2 × h100: tp 2, weights fp8, kv fp8, 87 in flight, chunk 1024, overlap partial`."""
+    get = row.get
+    degrees = [f"{SETTINGS[d][0]} {setting(get(d))}" for d in DEGREES if int(get(d, 1)) > 1] or ["tp 1"]
+    replicas = int(get("replicas", 1))
+    parts = [f"{replicas:,} replicas of {' · '.join(degrees)}" if replicas > 1 else " · ".join(degrees)]
+    parts += [f"{name} {plain(get(name))}" for name in ("weights", "kv") if name in row]
+    if "concurrency" in row:
+        load = setting(get("concurrency"))
+        parts.append(f"batch {load}" if get("static_batch", 0) else f"{load} in flight")
+        parts[-1] += " a replica" if replicas > 1 else ""
+    for column in ("chunk", "speculation", "overlap", "dispatch", "cp_method", "sequence_parallel", "microbatches"):
+        if column in row and _says_something(row, column):
+            name = SETTINGS[column][0]
+            parts.append(name if column == "sequence_parallel" else f"{name} {setting(get(column))}")
+    machine = f"{setting(get('gpus', 1))} × {plain(get('gpu', 'GPU'))}"
+    place = f"{plain(get('model', 'model'))} on {machine}" if model else machine
+    return f"{place}: {', '.join(parts)}"
+
+
+def delivers(row: Row, metrics: Sequence[str]) -> str:
+    """`903 tokens/s/GPU, TPOT 46.5 ms`."""
+    return ", ".join(quantity(name, row[name]) for name in metrics if name in row)
+
+
+def _says_something(row: Row, column: str) -> bool:
+    """Whether a setting's value is not the one that goes without saying."""
+    return bool(row[column] != SETTINGS[column][1])
+
+
+def _limit(row: Row, metric: str, op: str, bound: float) -> Limit:
+    value = float(row[metric])
+    low, high = (value, bound) if op == "max" else (bound, value)
+    used = low / high if high else (float("inf") if low > 0 else 0.0)
+    return Limit(text=limit(metric, op, bound), value=value, bound=float(bound), used=used)
+
+
+def _breakdown(row: Row, step: str) -> Breakdown | None:
+    total = float(row.get(f"{step}_step_ms", 0.0))
+    if not total > 0:
+        return None
+    parts = [(part, float(row.get(f"{step}_{part}_ms", 0.0))) for part in STEP_PARTS if part != "hidden"]
+    return Breakdown(
+        step=step,
+        total_ms=total,
+        hidden_ms=float(row.get(f"{step}_hidden_ms", 0.0)),
+        parts=tuple(_part(key, value, total) for key, value in parts if value > 0),
+    )
+
+
+def _memory(row: Row) -> MemoryUse | None:
+    usable = float(row.get("usable_gib", 0.0))
+    if not usable > 0:
+        return None
+    parts = [_part(key, float(row.get(f"{key}_gib", 0.0)), usable) for key in MEMORY_PARTS]
+    return MemoryUse(total=float(row["memory_gib"]), usable=usable, parts=tuple(parts))
+
+
+def _part(key: str, value: float, whole: float) -> Part:
+    return Part(key=key, label=PART_LABELS.get(key, key), value=value, share=value / whole)
