@@ -78,11 +78,17 @@ def columns_of_nothing() -> Iterable[str]:
 
 def _records(cases: pd.DataFrame) -> list[dict[str, str]]:
     """Rows as text, missing cells as ""; whole numbers lose a spurious `.0`."""
-    known = [name for name in cases.columns if name in _READ or str(name).startswith(("prefill_", "decode_"))]
+    known = [name for name in cases.columns if name in _READ or name in _SPLIT]
     text = cases[known].astype(object).where(cases[known].notna(), "")
     return [{str(k): str(v).strip() for k, v in row.items()} for row in text.to_dict("records")]
 
 
+# Columns of a deployment split into a prefill and a decode pool.
+_SPLIT = frozenset(
+    f"{pool}_{what}"
+    for pool in ("prefill", "decode")
+    for what in ("num_workers", *(f"{x}_size" for x in ("tp", "pp", "attention_dp", "moe_tp", "moe_ep")))
+)
 _READ = frozenset(
     (
         *REQUIRED,
@@ -101,7 +107,7 @@ def _parse(row: dict[str, str]) -> Case | str:
 
 
 def _case(row: dict[str, str]) -> Case:
-    if any(name.startswith(("prefill_", "decode_")) and row[name] for name in row):
+    if any(row.get(name) for name in _SPLIT):
         raise InputError("split deployments (prefill_* and decode_* columns) cannot be priced yet")
     if not row["model"]:
         raise InputError("model: is empty (required)")
