@@ -41,6 +41,7 @@ PART_COLOURS = {
 }
 COMMUNICATION = ("reduce", "exchange", "sequence")  # drawn last: what is hidden is mostly of these
 DARK = ("projections", "attention", "dense", "exchange", "sequence", "weights", "kv", "buffers")  # white text on them
+HATCH = {"shape": "/", "fgcolor": "#4a5058", "bgcolor": "rgba(255,255,255,0.68)", "size": 6, "solidity": 0.25}
 WIDE_RANGE = {"min": 20.0, "max": 1000.0}  # an axis that spans more is logarithmic; what is maximised reads best linear
 
 
@@ -70,7 +71,11 @@ def _axis(summary: Summary, scatter: Scatter, k: int) -> Figure:
     values = [p.values[k] for p in scatter.front]
     span = WIDE_RANGE[dict(summary.objectives).get(scatter.axes[k], "min")]
     wide = min(values) > 0 and max(values) > span * min(values)
-    axis = {"title": {"text": label(scatter.axes[k]).axis, "standoff": 8}, "zeroline": False, "automargin": True}
+    axis = {
+        "title": {"text": label(scatter.axes[k]).axis, "standoff": 8, "font": {"size": 13}},
+        "zeroline": False,
+        "automargin": True,
+    }
     return axis | ({"type": "log", "dtick": "D2", "tickformat": ",~r"} if wide else {"rangemode": "normal"})
 
 
@@ -109,29 +114,20 @@ def _hover(point: Point) -> str:
 
 
 def _marks(summary: Summary, scatter: Scatter, k: int, n: str, layout: Figure) -> list[Figure]:
-    """Arrows to the plan shown below and to the knee."""
-    middle = sorted(p.values[0] for p in scatter.front)[len(scatter.front) // 2]
+    """Labels of the plan shown below and of the knee, on the side of better values, where no plan is."""
+    directions = dict(summary.objectives)
+    right = 1 if directions.get(scatter.axes[0]) == "max" else -1
+    up = 1 if directions.get(scatter.axes[k]) == "max" else -1
     found = []
-    for position, text in ((scatter.best, "best"), (scatter.knee, "knee")):
+    for position, text, aside in ((scatter.best, "best", 0), (scatter.knee, "knee", 34)):
         if position < 0:
             continue
         at = [scatter.front[position].values[i] for i in (0, k)]
         logs = [layout[f"{axis}axis{n}"].get("type") == "log" for axis in "xy"]
         x, y = (math.log10(v) if log else v for v, log in zip(at, logs, strict=True))
-        side = 1 if at[0] < middle else -1  # towards the middle, where there is room
-        mark = {"x": x, "y": y, "xref": f"x{n}", "yref": f"y{n}", "text": escape(text), "showarrow": True}
-        found.append(
-            mark
-            | {
-                "arrowcolor": MARK,
-                "arrowhead": 0,
-                "arrowwidth": 1.2,
-                "standoff": 7,
-                "ax": side * 46,
-                "ay": -34,
-                "xanchor": "left" if side > 0 else "right",
-            }
-        )
+        mark = {"x": x, "y": y, "xref": f"x{n}", "yref": f"y{n}", "text": text, "showarrow": True}
+        arrow = {"arrowcolor": MARK, "arrowhead": 0, "arrowwidth": 1.2, "standoff": 7}
+        found.append(mark | arrow | {"ax": right * aside, "ay": -up * 36})
     return found
 
 
@@ -153,7 +149,7 @@ def steps_figure(plan: PlanSummary) -> Figure:
     if any(s.hidden_ms > 0 for s in steps):
         data.append(_hidden(names, steps))
     most = max(100 * (1 + max(s.hidden_share, 0.0)) for s in steps)
-    layout = _bar_layout(58 * len(steps) + 110, "share of the step's time (%)", max(most * 1.02, 102))
+    layout = _bar_layout(58 * len(steps) + 120, 112, "share of the step's time (%)", max(most * 1.02, 102))
     layout["shapes"] = [_line(100.0)]
     return {"data": data, "layout": layout}
 
@@ -166,10 +162,7 @@ def _hidden(names: list[str], steps: list[Breakdown]) -> Figure:
         "y": names,
         "x": [100 * max(s.hidden_share, 0.0) for s in steps],
         "base": [100.0] * len(steps),
-        "marker": {
-            "color": "rgba(255,255,255,0.55)",
-            "pattern": {"shape": "/", "fgcolor": "#333", "size": 6, "solidity": 0.25},
-        },
+        "marker": {"color": GREY, "line": {"width": 0}, "pattern": HATCH},
         "hovertext": [f"hidden by overlap: {number(s.hidden_ms)} ms" for s in steps],
         "hoverinfo": "text",
     }
@@ -183,7 +176,7 @@ def memory_figure(memory: MemoryUse) -> Figure:
         for p in memory.parts
         if p.value > 0
     ]
-    layout = _bar_layout(190, "GiB", max(memory.usable, memory.total) * 1.04)
+    layout = _bar_layout(166, 82, "GiB", max(memory.usable, memory.total) * 1.04)
     layout["shapes"] = [_line(memory.usable)]
     text = f"usable {number(memory.usable)} GiB"
     layout["annotations"] = [
@@ -214,22 +207,29 @@ def _bar(names: list[str], values: list[float], name: str, key: str, share: floa
         "x": values,
         "text": [inside(v) for v in values],
         "textposition": "inside",
-        "insidetextanchor": "middle",
+        "insidetextanchor": "start" if key in COMMUNICATION else "middle",
+        "insidetextfont": {"color": "#ffffff" if key in DARK else "#14181c"},
         "textangle": 0,
         "hoverinfo": "text",
         "marker": {"color": PART_COLOURS.get(key, GREY), "line": {"width": 0}},
     }
 
 
-def _bar_layout(height: int, title: str, most: float) -> Figure:
+def _bar_layout(height: int, below: int, title: str, most: float) -> Figure:
     return {
         "height": height,
         "barmode": "stack",
         "bargap": 0.35,
-        "margin": {"l": 90, "r": 16, "t": 8, "b": 102},
-        "xaxis": {"title": {"text": title, "standoff": 6}, "range": [0, most], "zeroline": False},
+        "margin": {"l": 90, "r": 16, "t": 8, "b": below},
+        "xaxis": {"title": {"text": title, "standoff": 6, "font": {"size": 13}}, "range": [0, most], "zeroline": False},
         "yaxis": {"automargin": True, "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"},
-        "legend": {"orientation": "h", "y": -62 / (height - 110), "yanchor": "top", "x": 0, "traceorder": "normal"},
+        "legend": {
+            "orientation": "h",
+            "y": -58 / (height - below - 8),
+            "yanchor": "top",
+            "x": 0,
+            "traceorder": "normal",
+        },
         "hovermode": "closest",
     }
 

@@ -16,7 +16,10 @@ from dse.report.text import Grid, memory_grid, steps_grid
 
 MOST_ROWS = 200  # of the front's table
 TILES = ("output_tok_s_gpu", "tpot_ms", "ttft_ms", "tok_s_user", "usd_per_mtok", "gpus")
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = (  # a page that can fetch nothing and send nothing
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "form-action 'none'; base-uri 'none'"
+)
 
 
 def html(summary: Summary) -> str:
@@ -78,7 +81,8 @@ def _header(s: Summary) -> str:
         for h in s.headlines
     )
     chips = [("workload", x) for x in s.workloads] + [("limit", x) for x in s.limits]
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in s.notes)
+    kinds = ["" if s.partial and i == 0 else " info" for i in range(len(s.notes))]
+    notes = "".join(f'<p class="note{kind}">{escape(note)}</p>' for kind, note in zip(kinds, s.notes, strict=True))
     bad = (
         ""
         if s.feasible
@@ -111,10 +115,12 @@ def _plan(plan: PlanSummary, figures: dict[str, Figure]) -> str:
     tiles = "".join(_tile(plan, name) for name in TILES if name in plan.metrics)
     if plan.memory is not None:
         tiles += f"<div class='tile'><b>{percent(plan.memory.share)}</b><span>of usable memory</span></div>"
-    ties = f" {plan.ties - 1:,} more plan{'s' if plan.ties > 2 else ''} reach the same." if plan.ties > 1 else ""
+    more = "1 more plan reaches" if plan.ties == 2 else f"{plan.ties - 1:,} more plans reach"
+    ties = f" {more} the same." if plan.ties > 1 else ""
+    limits = escape(f"{_capital('; '.join(x.text for x in plan.limits))}." if plan.limits else "")
     text = f"""
 <section><h2>{escape(_capital(plan.role))}</h2>
-<p class="plan">{escape(plan.headline)}</p><p class="muted">{_limits(plan)}{ties}</p>
+<p class="plan">{escape(plan.headline)}</p><p class="muted">{limits}{ties}</p>
 <div class="tiles">{tiles}</div>{_chips(plan.settings)}"""
     if plan.steps:
         figures["steps"] = steps_figure(plan)
@@ -143,15 +149,10 @@ def _tile(plan: PlanSummary, name: str) -> str:
     return f"<div class='tile'><b>{number(plan.metrics[name])}</b><span>{escape(what)}</span></div>"
 
 
-def _limits(plan: PlanSummary) -> str:
-    return escape(" ".join(f"{x.text}: {number(x.value)} ({percent(x.used)} of it)." for x in plan.limits))
-
-
 def _funnel(stages: Sequence[Stage]) -> str:
     rows = "".join(
-        f"<tr><td>{escape(s.name)}</td><td class='n'>{s.count:,}</td>"
-        f"<td class='bar'><i style='width:{100 * s.of_all:.3f}%'></i></td><td class='n'>{percent(s.kept)}</td>"
-        f"<td class='why'>{_why(s)}</td></tr>"
+        f"<tr><td>{escape(s.name)}</td><td class='n'>{s.count:,}</td><td class='bar'>{_bar(s)}</td>"
+        f"<td class='n'>{percent(s.kept)}</td><td class='why'>{_why(s)}</td></tr>"
         for s in stages
     )
     return f"""
@@ -159,6 +160,10 @@ def _funnel(stages: Sequence[Stage]) -> str:
 <div class="scroll"><table class="wide"><thead><tr><th>stage</th><th class="n">plans left</th><th>of all</th>
 <th class="n">kept</th><th>why the others were cut</th></tr></thead><tbody>{rows}</tbody></table></div></section>
 """
+
+
+def _bar(stage: Stage) -> str:
+    return f"<i style='width:{100 * stage.of_all:.3f}%'></i>" if stage.count else ""
 
 
 def _why(stage: Stage) -> str:

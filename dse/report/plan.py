@@ -6,7 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dse.report.names import DEGREES, METRIC_LABELS, PART_LABELS, SETTINGS, limit, plain, quantity, setting
+import pandas as pd
+
+from dse.report.names import (
+    DEGREES,
+    METRIC_LABELS,
+    PART_LABELS,
+    SETTINGS,
+    amount,
+    label,
+    number,
+    percent,
+    plain,
+    quantity,
+    setting,
+)
 from dse.space.columns import MEMORY_PARTS, STEP_PARTS, STEPS
 
 Row = Mapping[Any, Any]
@@ -60,10 +74,20 @@ class MemoryUse:
 class Limit:
     """A plan against one constraint; `used` is 1 at the limit, above it the limit is broken."""
 
-    text: str
-    value: float
+    metric: str
+    op: str
     bound: float
+    value: float
     used: float
+
+    @property
+    def text(self) -> str:
+        """`TPOT 46.5 ms of at most 50 ms (93%)`."""
+        reached = f"{label(self.metric).long} {amount(self.metric, self.value)}"
+        if self.op == "max":
+            return f"{reached} of at most {amount(self.metric, self.bound)} ({percent(self.used)})"
+        times = self.value / self.bound if self.bound else float("inf")
+        return f"{reached}, {number(times)} times the least of {amount(self.metric, self.bound)}"
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,10 @@ class PlanSummary:
         """Parts that any of its steps has, in the order in which they are drawn."""
         present = {part.key for step in self.steps for part in step.parts}
         return tuple(part for part in STEP_PARTS if part in present)
+
+
+def row_at(frame: pd.DataFrame, position: int) -> Row:
+    return frame.iloc[[position]].to_dict("records")[0]
 
 
 def summarise_plan(row: Row, role: str, constraints: Sequence[tuple[str, str, float]]) -> PlanSummary:
@@ -134,7 +162,7 @@ def _limit(row: Row, metric: str, op: str, bound: float) -> Limit:
     value = float(row[metric])
     low, high = (value, bound) if op == "max" else (bound, value)
     used = low / high if high else (float("inf") if low > 0 else 0.0)
-    return Limit(text=limit(metric, op, bound), value=value, bound=float(bound), used=used)
+    return Limit(metric=metric, op=op, bound=float(bound), value=value, used=used)
 
 
 def _breakdown(row: Row, step: str) -> Breakdown | None:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from dse.report.names import amount, label, number, percent
-from dse.report.plan import Row, delivers, headline, summarise_plan
+from dse.report.plan import Row, delivers, headline, row_at, summarise_plan
 from dse.search.result import Binding, SearchResult
 
 CLOSE = 0.9  # of a limit: this plan is held back by it
@@ -26,50 +28,45 @@ class Headline:
 
 
 def headlines(
-    result: SearchResult, rows: Sequence[Row], knee: int, least: Row | None, funnel: Sequence[tuple[str, int]]
+    result: SearchResult, knee: int, least: Row | None, funnel: Sequence[tuple[str, int]]
 ) -> tuple[Headline, ...]:
-    """Most important first."""
-    if not rows:
+    """Most important first. `knee`: a position in the front, -1 where there is none."""
+    if not len(result.front):
         return tuple(_nothing(result, least, funnel))
-    trade = _trade(result, rows) if len(rows) > 1 and len(result.objectives) > 1 else []
-    return (
-        *_best(result, rows),
-        *trade,
-        *_knee(result, rows, knee),
-        *_binds(result, rows[0]),
-        *_passed(result, funnel),
-    )
+    first = row_at(result.front, 0)
+    trade = _trade(result) if len(result.front) > 1 and len(result.objectives) > 1 else []
+    return (*_best(result), *trade, *_knee(result, first, knee), *_binds(result, first), *_passed(result, funnel))
 
 
-def _best(result: SearchResult, rows: Sequence[Row]) -> list[Headline]:
-    """The best plan by each objective."""
+def _best(result: SearchResult) -> list[Headline]:
+    """The best plan by each objective; of equals the first on the front."""
     names = [name for name, _ in result.objectives]
     found = []
     for name, direction in result.objectives:
-        best = min if direction == "min" else max
-        row = best(rows, key=lambda r, name=name: float(r[name]))  # type: ignore[misc]
+        values = result.front[name].to_numpy(float)
+        row = row_at(result.front, int(np.nanargmin(values if direction == "min" else -values)))
         others = [n for n in names if n != name] or [n for n in ("tpot_ms", "ttft_ms") if n in row and n != name]
         title = f"{'Lowest' if direction == 'min' else 'Highest'} {label(name).long}"
         found.append(Headline(title, f"{amount(name, row[name])} at {delivers(row, others)}", headline(row)))
     return found
 
 
-def _trade(result: SearchResult, rows: Sequence[Row]) -> list[Headline]:
+def _trade(result: SearchResult) -> list[Headline]:
     """The range of each objective along the front."""
     parts = []
     for name, _ in result.objectives:
-        values = [float(r[name]) for r in rows]
-        ends = number(min(values)) if min(values) == max(values) else f"{number(min(values))} to {number(max(values))}"
+        low, high = (number(x) for x in (result.front[name].min(), result.front[name].max()))
+        ends = low if low == high else f"{low} to {high}"
         parts.append(f"{label(name).long} ({ends} {label(name).unit}".rstrip() + ")")
-    return [Headline("What the front trades", f"{' against '.join(parts)}, over {len(rows):,} plans")]
+    return [Headline("What the front trades", f"{' against '.join(parts)}, over {len(result.front):,} plans")]
 
 
-def _knee(result: SearchResult, rows: Sequence[Row], knee: int) -> list[Headline]:
+def _knee(result: SearchResult, best: Row, knee: int) -> list[Headline]:
     """What the knee gives up of the first objective, and what that buys."""
     if knee < 0:
         return []
     (first, _), *rest = result.objectives
-    at, best = rows[knee], rows[0]
+    at = row_at(result.front, knee)
     bought = " and ".join(text for text in (_change(name, best, at) for name, _ in rest) if text)
     text = delivers(at, [name for name, _ in result.objectives])
     if bought and _change(first, best, at):
@@ -92,7 +89,7 @@ def _change(name: str, before: Row, after: Row) -> str:
 def _binds(result: SearchResult, row: Row) -> list[Headline]:
     """What holds the first plan back. Limits hold for each workload of a mix, its columns are means: not told there."""
     plan = summarise_plan(row, "", result.constraints)
-    near = [] if _is_mix(row) else [f"{x.text}, at {number(x.value)}" for x in plan.limits if x.used >= CLOSE]
+    near = [] if _is_mix(row) else [x.text for x in plan.limits if x.used >= CLOSE]
     if plan.memory and plan.memory.share >= CLOSE:
         near.append(f"memory, {number(plan.memory.total)} of {number(plan.memory.usable)} GiB")
     return [Headline("What holds the first plan back", "; ".join(near))] if near else []
@@ -148,7 +145,7 @@ def notes(result: SearchResult, shown: int) -> tuple[str, ...]:
         texts.append(f"This front covers {percent(result.hypervolume_ratio)} of the exhaustive front's hypervolume.")
     example = result.front if len(result.front) else result.least
     if example is not None and len(example):
-        if _is_mix(example.to_dict("records")[0]):
+        if _is_mix(row_at(example, 0)):
             texts.append(
                 "Numbers are means over the mix of workloads; limits hold for each workload; memory is the largest."
             )

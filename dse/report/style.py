@@ -19,10 +19,11 @@ p { margin: .4rem 0; max-width: 56rem; }
   overflow-wrap: anywhere; max-width: none; }
 .note { border-left: 4px solid var(--warn-line); background: var(--warn); padding: .55rem .9rem; margin: .6rem 0;
   max-width: none; }
+.note.info { border-color: var(--line); background: var(--soft); }
 .note.bad { border-color: var(--bad-line); background: var(--bad); }
-dl.headlines { margin: 1.5rem 0 0; display: grid; grid-template-columns: minmax(10rem, 15rem) 1fr; column-gap: 1.5rem; }
+dl.headlines { margin: 1.5rem 0 0; display: grid; grid-template-columns: minmax(10rem, 15rem) 1fr; }
 dl.headlines dt, dl.headlines dd { padding: .6rem 0; border-top: 1px solid var(--line); margin: 0; }
-dl.headlines dt { font-weight: 600; }
+dl.headlines dt { font-weight: 600; padding-right: 1.5rem; }
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.5rem; margin: .75rem 0; }
 dl.facts dt { color: var(--muted); } dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
@@ -43,6 +44,7 @@ th button { all: unset; cursor: pointer; }
 th button:hover, th button:focus-visible { color: var(--text); text-decoration: underline; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
+table.sortable { font-size: .84rem; } table.sortable th, table.sortable td { padding: .28rem .5rem; }
 table.wide { width: 100%; } td.bar { width: 30%; min-width: 8rem; }
 td.bar i { display: block; height: .85rem; min-width: 2px; background: var(--bar); border-radius: 2px; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 0 3rem; }
@@ -66,8 +68,9 @@ function themed(layout) {
   return copy;
 }
 const figures = JSON.parse(document.getElementById("figures").textContent);
-const options = id => ({displaylogo: false, responsive: true, displayModeBar: id === "front" ? "hover" : false,
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"]});
+// No button that sends the chart anywhere: the report stays on this machine.
+const options = id => ({displaylogo: false, responsive: true, plotlyServerURL: "", displayModeBar: id === "front",
+  modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]]});
 function draw() {
   for (const [id, figure] of Object.entries(figures))
     Plotly.react(id, figure.data, themed(figure.layout), options(id));

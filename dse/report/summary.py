@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dse.report.names import SETTINGS, broken, label, limit, percent, plain, rate, seconds, setting
-from dse.report.plan import PlanSummary, Row, delivers, headline, summarise_plan
+from dse.report.plan import PlanSummary, Row, delivers, headline, row_at, summarise_plan
 from dse.report.sentences import Headline, headlines, notes
 from dse.search.result import SearchResult
 
@@ -85,11 +85,12 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Summary:
-    """`headlines`: most important first; `facts` (name, value) tell how the result was found."""
+    """`headlines` and `notes`: most important first; `facts` (name, value) tell how the result was found."""
 
     name: str
     description: str
     feasible: bool
+    partial: bool
     objectives: tuple[tuple[str, str], ...]
     headlines: tuple[Headline, ...]
     notes: tuple[str, ...]
@@ -115,8 +116,7 @@ def summarise(result: SearchResult) -> Summary:
     best, knee = (0, knee_of(front, result.objectives)) if len(front) else (-1, -1)
     shown = _spread(len(front), MOST_POINTS, (best, knee))
     stages = funnel(result)
-    rows = front.to_dict("records") if len(front) else []
-    least = result.least.to_dict("records")[0] if result.least is not None and len(result.least) else None
+    least = row_at(result.least, 0) if result.least is not None and len(result.least) else None
 
     def plan(row: Row | None, role: str) -> PlanSummary | None:
         return None if row is None else summarise_plan(row, role, result.constraints)
@@ -127,17 +127,18 @@ def summarise(result: SearchResult) -> Summary:
         name=plain(result.name),
         description=plain(space.get("description", "")),
         feasible=len(front) > 0,
+        partial=result.partial,
         objectives=result.objectives,
-        headlines=headlines(result, rows, knee, least, [(s.name, s.count) for s in stages]),
+        headlines=headlines(result, knee, least, [(s.name, s.count) for s in stages]),
         notes=notes(result, len(shown)),
         funnel=stages,
         limits=tuple(limit(*x) for x in result.constraints),
         workloads=_workloads(space.get("workloads", [])),
-        best=plan(rows[0], f"plan of best {first}") if rows else None,
-        knee=plan(rows[knee], "knee of the front") if knee >= 0 else None,
-        least=None if rows else plan(least, "least-violating plan"),
+        best=plan(row_at(front, 0), f"plan of best {first}") if len(front) else None,
+        knee=plan(row_at(front, knee), "knee of the front") if knee >= 0 else None,
+        least=None if len(front) else plan(least, "least-violating plan"),
         front=_table(front, shown, result.objectives, {knee: "knee", best: "best"}),
-        scatter=_scatter(result, shown, best, knee) if rows else None,
+        scatter=_scatter(result, shown, best, knee) if len(front) else None,
         facts=_facts(result),
     )
 

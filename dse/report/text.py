@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -29,20 +29,31 @@ class Grid:
     caption: str = ""
 
 
-def render(summary: Summary, width: int = 100) -> RenderableType:
-    """What the command line prints: sentences, then tables that fit in `width` columns."""
-    parts: list[RenderableType] = [Text(summary.name, style="bold")]
-    if summary.description:
-        parts.append(Text(summary.description, style="dim"))
-    parts.append(Text(""))
-    for line in summary.headlines:
-        text = Text.assemble((f"{line.title}: ", "bold"), line.text)
-        parts.append(text)
-        if line.plan:
-            parts.append(Padding(Text(line.plan, style="cyan"), (0, 0, 0, 2)))
-    parts += [Text(f"Note: {note}", style="yellow") for note in summary.notes]
-    parts += [_rich(grid) for grid in grids(summary, MOST_ROWS, width)]
-    return Group(*parts)
+@dataclass(frozen=True)
+class _Printed:
+    """A summary that takes the width of the console it is printed on."""
+
+    summary: Summary
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        s = self.summary
+        yield Text(s.name, style="bold")
+        if s.description:
+            yield Text(s.description, style="dim")
+        yield ""
+        for line in s.headlines:
+            yield Text.assemble((f"{line.title}: ", "bold"), line.text)
+            if line.plan:
+                yield Padding(Text(line.plan, style="cyan"), (0, 0, 0, 2), expand=False)
+        for note in s.notes:
+            yield Text(f"Note: {note}", style="yellow")
+        for grid in grids(s, MOST_ROWS, options.max_width):
+            yield _rich(grid)
+
+
+def render(summary: Summary) -> RenderableType:
+    """What the command line prints: sentences, then tables that fit the console's width."""
+    return _Printed(summary)
 
 
 def markdown(summary: Summary, most: int = 50) -> str:
@@ -88,15 +99,17 @@ def front_grid(summary: Summary, most: int, width: int | None = None) -> Grid:
         for k in _least_needed(summary):
             if sum(wide[i] for i in kept) + 5 > width:
                 kept.remove(k)
-    more = f"{len(positions):,} of the front's {table.total:,} plans, evenly along it. " if most < table.total else ""
+    more = f"{len(positions):,} of the front's {table.total:,} plans, evenly along it." if most < table.total else ""
     same = ", ".join(f"{name} {value}" for name, value in table.same)
+    gone = ", ".join(c.label for k, c in enumerate(table.columns) if k not in kept and not c.is_metric)
+    texts_below = [more, f"All: {same}." if same else "", f"Left out for want of width: {gone}." if gone else ""]
     return Grid(
         title=f"Front of {table.total:,} plan{'s' if table.total != 1 else ''}",
         heads=("", *(table.columns[k].label for k in kept)),
         rows=tuple((mark, *(row[k] for k in kept)) for mark, row in zip(marks, texts, strict=True)),
         right=(False, *(table.columns[k].numeric for k in kept)),
         strong=tuple(i for i, mark in enumerate(marks) if mark),
-        caption=more + (f"All: {same}." if same else ""),
+        caption=" ".join(text for text in texts_below if text),
     )
 
 
@@ -162,11 +175,16 @@ def _cell(column: Column, value: object) -> str:
 def _rich(grid: Grid) -> RenderableType:
     table = RichTable(box=None, pad_edge=False)
     for head, right in zip(grid.heads, grid.right, strict=True):
-        table.add_column(Text(head, style="dim"), justify="right" if right else "left", overflow="fold")
+        table.add_column(Text(_stacked(head), style="dim"), justify="right" if right else "left", overflow="fold")
     for i, row in enumerate(grid.rows):
         table.add_row(*(Text(cell) for cell in row), style="bold" if i in grid.strong else None)
     below = [Text(grid.caption, style="dim")] if grid.caption else []
-    return Padding(Group(Text(grid.title, style="bold"), table, *below), (1, 0, 0, 0))
+    return Padding(Group(Text(grid.title, style="bold"), table, *below), (1, 0, 0, 0), expand=False)
+
+
+def _stacked(head: str) -> str:
+    """A head of two words in two lines: `out tok/s/GPU`."""
+    return head.replace(" ", "\n")
 
 
 def _row(cells: Sequence[str], escape: bool = True) -> str:
