@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dse.catalog.coefficients import coefficients
+    from dse.catalog.coefficients import CoefficientSet, coefficient_set
     from dse.catalog.hardware import cluster, clusters, gpu, gpus
     from dse.catalog.models import load_model_file, model, models
     from dse.cost.coefficients import Coefficients
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # public name -> (module, name there)
 _FACE = {
+    "CoefficientSet": ("dse.catalog.coefficients", "CoefficientSet"),
     "Coefficients": ("dse.cost.coefficients", "Coefficients"),
     "CompiledSpace": ("dse.space.compile", "CompiledSpace"),
     "DseError": ("dse.errors", "DseError"),
@@ -39,7 +40,7 @@ _FACE = {
     "Summary": ("dse.report.summary", "Summary"),
     "cluster": ("dse.catalog.hardware", "cluster"),
     "clusters": ("dse.catalog.hardware", "clusters"),
-    "coefficients": ("dse.catalog.coefficients", "coefficients"),
+    "coefficient_set": ("dse.catalog.coefficients", "coefficient_set"),
     "compile_space": ("dse.space.compile", "compile_space"),
     "estimate_batch": ("dse.cost.evaluate", "estimate"),
     "estimate_cases": ("dse.space.cases", "estimate_cases"),
@@ -56,6 +57,7 @@ _FACE = {
 }
 
 __all__ = [
+    "CoefficientSet",
     "Coefficients",
     "CompiledSpace",
     "DseError",
@@ -67,7 +69,7 @@ __all__ = [
     "Summary",
     "cluster",
     "clusters",
-    "coefficients",
+    "coefficient_set",
     "compile_space",
     "estimate_batch",
     "estimate_cases",

@@ -29,9 +29,7 @@ OUTPUTS = ("pareto.csv", "candidates.csv", "report.html", "run.json")
 SLOW = 2.0  # seconds after which a progress bar appears
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="CSV file to write.")]
-CoefficientSet = Annotated[
-    str | None, typer.Option("--coefficients", help="Coefficient set: a name, or a YAML file. Default: physics.")
-]
+CoefficientSet = Annotated[str | None, typer.Option("--coefficients", help="Coefficient set: a name, or a YAML file.")]
 
 
 @app.command()
@@ -48,7 +46,7 @@ def search(
     """Search a space of plans: print the best and the front, write tables and a report."""
     from rich.console import Console
 
-    from dse.catalog.coefficients import coefficients as coefficient_set
+    from dse.catalog.coefficients import coefficient_set
     from dse.files import output_directory
     from dse.report.files import write_outputs
     from dse.report.summary import summarise
@@ -86,7 +84,7 @@ def estimate(
     coefficients: CoefficientSet = None,
 ) -> None:
     """Estimate deployments, one row each: TTFT, TPOT, throughput, memory, breakdown."""
-    from dse.catalog.coefficients import coefficients as coefficient_set
+    from dse.catalog.coefficients import coefficient_set
     from dse.space.cases import estimate_cases
 
     _compile_cache()

@@ -6,14 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dse.catalog.coefficients import coefficients
-from dse.cost.coefficients import Coefficients
+from dse.catalog.coefficients import CoefficientSet, coefficient_set
 from dse.errors import InputError
 from dse.space.cases import estimate_cases
 from dse.space.columns import STEP_PARTS
 
 SHARED = Path(__file__).parents[2] / "shared"
 CONTRACT = ["ttft_ms", "tpot_ms", "output_tok_s_gpu", "tok_s_user", "e2e_ms", "memory_gib", "feasible", "reason"]
+
+
+PHYSICS = CoefficientSet("physics")
 
 
 def frame(*rows: dict) -> pd.DataFrame:
@@ -42,7 +44,7 @@ def mixed() -> tuple[pd.DataFrame, pd.DataFrame]:
         {**GOOD, "isl": np.nan},
         {**GOOD, "weights": "fp8", "note": "again"},
     )
-    return cases, estimate_cases(cases, Coefficients())
+    return cases, estimate_cases(cases, PHYSICS)
 
 
 def test_rows_keep_their_order_and_their_other_columns(mixed):
@@ -86,7 +88,7 @@ def test_equal_rows_get_equal_numbers_whatever_stands_between(mixed):
     _, out = mixed
     numbers = out.select_dtypes("number").drop(columns=["isl", "osl", "tp", "concurrency"], errors="ignore")
     pd.testing.assert_series_equal(numbers.iloc[0], numbers.iloc[13], check_names=False)
-    alone = estimate_cases(frame({**GOOD, "weights": "fp8"}), Coefficients())
+    alone = estimate_cases(frame({**GOOD, "weights": "fp8"}), PHYSICS)
     for name in ("ttft_ms", "tpot_ms", "memory_gib", "usd_per_mtok"):
         np.testing.assert_allclose(alone[name].iloc[0], out[name].iloc[0], rtol=1e-12)
 
@@ -104,34 +106,34 @@ def test_throughput_is_what_closed_loop_benchmarks_report(mixed):
 
 def test_missing_columns_and_empty_tables():
     with pytest.raises(InputError, match=r"columns? gpu, osl missing"):
-        estimate_cases(pd.DataFrame({"model": ["x"], "isl": [1]}), Coefficients())
-    empty = estimate_cases(pd.DataFrame(columns=["model", "gpu", "isl", "osl"]), Coefficients())
+        estimate_cases(pd.DataFrame({"model": ["x"], "isl": [1]}), PHYSICS)
+    empty = estimate_cases(pd.DataFrame(columns=["model", "gpu", "isl", "osl"]), PHYSICS)
     assert len(empty) == 0
     assert set(CONTRACT) <= set(empty.columns)
 
 
 def test_measured_columns_are_never_read(mixed):
     cases, out = mixed
-    poisoned = estimate_cases(cases.assign(measured_tpot_ms=1e9, latency="x", cycle_us=-3), Coefficients())
+    poisoned = estimate_cases(cases.assign(measured_tpot_ms=1e9, latency="x", cycle_us=-3), PHYSICS)
     assert poisoned["tpot_ms"].iloc[0] == out["tpot_ms"].iloc[0]
 
 
 def test_coefficients_from_a_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("gemm_bf16: 0.5\nstep_overhead: 0.001\n")
-    assert coefficients(str(path)).gemm_bf16 == 0.5
+    assert coefficient_set(str(path)).of("hopper", "h100", "vllm").gemm_bf16 == 0.5
     path.write_text("gemm_bf: 0.5\nmemory: nan\n")
     with pytest.raises(InputError, match=r"gemm_bf16.*\n?.*memory"):
-        coefficients(str(path))
+        coefficient_set(str(path))
     with pytest.raises(InputError, match="physics"):
-        coefficients("physic")
+        coefficient_set("physic")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="shared measurements are not here")
 def test_physics_before_fitting_against_measured_serving():
     """Cited constants, nothing fitted: every row answered, TPOT within 40% in the mean where nothing speculates."""
     measured = pd.read_csv(SHARED / "measured" / "serving_calibration.csv", dtype=str)
-    out = estimate_cases(measured, Coefficients())
+    out = estimate_cases(measured, PHYSICS)
     assert out["tpot_ms"].notna().all()
     assert out["ttft_ms"].notna().all()
     plain = (measured["speculation"] == "no").to_numpy()

@@ -90,7 +90,7 @@ def test_names_are_resolved() -> None:
     v3, h100 = model("DeepSeek-V3"), to_device(gpu("h100"))
     assert native(v3, "native") == "fp8"
     assert weight_formats(v3, "int4") == ("bf16", "int4", "int4")
-    assert served_formats(v3, h100, "native") == ("fp8", "fp8", "bf16")
+    assert served_formats(v3, h100, "native") == ("fp8", "fp8", "fp8")
     assert served_formats(v3, h100, "fp4", "fp8") == ("fp4", "bf16", "fp8")
 
 

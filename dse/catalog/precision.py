@@ -78,6 +78,11 @@ def _rate(rate: str, device: Device) -> str:
     return rate if float(getattr(device, f"peak_{rate}")) > 0 else "bf16"
 
 
+def _cache(weights: str, device: Device) -> str:
+    """The usual cache of a checkpoint: fp8 beside fp8 and fp4 weights where the GPU has fp8, else 16 bits."""
+    return "fp8" if weights in ("fp8", "fp4") and float(device.peak_fp8) > 0 else "bf16"
+
+
 def resolve(entry: ModelEntry, device: Any, weights: str, kv: str = AUTO, activations: str = AUTO) -> Precision:
     """The `Precision` of a model served in `weights` on a GPU (a catalogue entry or a `Device`)."""
     if not isinstance(device, Device):
@@ -95,7 +100,7 @@ def resolve(entry: ModelEntry, device: Any, weights: str, kv: str = AUTO, activa
         parts[f"{part}_rate"] = float(RATES.index(rate))
     return Precision(
         **parts,
-        kv_bytes=BYTES_PER_ELEMENT["bf16" if kv == AUTO else kv],
+        kv_bytes=BYTES_PER_ELEMENT[_cache(native(entry, weights), device) if kv == AUTO else kv],
         dispatch_bytes=2.0 if parts["expert_rate"] == RATES.index("bf16") else DISPATCH_QUANTISED,
         combine_bytes=2.0,
     )
@@ -106,7 +111,7 @@ def served_formats(
 ) -> tuple[str, str, str]:
     """What "native" and "auto" come to: weights, activations (of the part the weights' format is for) and KV cache."""
     name = native(entry, weights)
-    return name, activation_format(name, device, activations)[0], "bf16" if kv == AUTO else kv
+    return name, activation_format(name, device, activations)[0], _cache(name, device) if kv == AUTO else kv
 
 
 __all__ = [

@@ -46,6 +46,7 @@ class Coefficients:
     step_overhead: Number = 500.0 * US  # scheduling, sampling, detokenising that does not overlap, a step [E]
     request_overhead: Number = 2.0 * US  # the part of it that grows with the requests of a step
     arrival_overhead: Number = 5000.0 * US  # HTTP, tokenisation, first scheduling: once a request
+    first_wave: Number = 1.0  # weight of the first wave of prompts over 1 / requests a client
     # collectives
     collective_base: Number = 6.6 * US  # [N] LL base; Simple adds collective_simple
     collective_simple: Number = 1.8 * US  # [N]
@@ -79,7 +80,7 @@ _SHARES = frozenset(
     (
         *("gemm_bf16", "gemm_fp8", "gemm_fp4", "gemm_int8", "grouped_gemm", "memory"),
         *("core_prefill", "core_decode", "core_memory", "link_ll", "link_simple"),
-        *("imbalance", "utilisation", "partial_overlap", "reserved_output"),
+        *("imbalance", "utilisation", "partial_overlap", "reserved_output", "first_wave"),
     )
 )
 _FREE = tuple(f.name for f in fields(Coefficients) if f.name != "rounding")

@@ -101,7 +101,7 @@ def serve(s: Sharded, load: Load, memory: Memory) -> Served:
     waiting = jnp.maximum(line, backlog) * mixed.total + 0.5 * jnp.where(others > 0, decode.total, 0.0)
     share_of_prompts = jnp.where(static > 0, running, 0.5 * (running + 1.0))
     burst = flow(s, prefill, jnp.maximum(share_of_prompts * prompt / wave, 1.0))
-    first = jnp.where(static > 0, 1.0, 1.0 / load.waves)
+    first = jnp.where(static > 0, 1.0, jnp.minimum(c.first_wave / load.waves, 1.0))
     served = first * burst + (1.0 - first) * (own + waiting)
     residence = served + jnp.maximum(load.osl - 1.0, 0.0) * tpot
     admission = (asked - running) / running * residence

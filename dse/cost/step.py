@@ -179,7 +179,9 @@ def step(s: Sharded, batch: Batch, rule: Number) -> Step:
         decode=None if batch.decode is None else _scaled(batch.decode, micro),
     )
     tokens = _tokens(s, batch)
-    latency = s.c.kernel_decode if batch.prefill is None else s.c.kernel_prefill
+    latency = s.c.kernel_decode
+    if batch.prefill is not None:  # captured graphs serve pure decode only
+        latency = jnp.where(batch.prefill.requests > 0, s.c.kernel_prefill, s.c.kernel_decode)
     reduce = seconds(s.reduce, tokens.rank * s.reduce_bytes, s.c.rounding)
     zero: Number = 0.0
     projections, attention, sequence, elementwise, mixers = zero, zero, zero, zero, zero

@@ -13,11 +13,11 @@ import pandas as pd
 
 from dse.catalog import hardware
 from dse.catalog.align import align
+from dse.catalog.coefficients import CoefficientSet
 from dse.catalog.model_schema import ModelEntry
 from dse.catalog.models import model, to_architecture
 from dse.catalog.precision import resolve
 from dse.catalog.schema import GpuEntry
-from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Estimate, Scenario, estimate
 from dse.cost.types import OVERLAPS, Device, Load, Plan, Precision, stack
 from dse.errors import InputError, unknown
@@ -39,12 +39,13 @@ class Case:
     entry: ModelEntry
     gpu: GpuEntry
     cluster: str
+    engine: str
     precision: Precision
     plan: dict[str, float]
     load: Load
 
 
-def estimate_cases(cases: pd.DataFrame, coefficients: Coefficients) -> pd.DataFrame:
+def estimate_cases(cases: pd.DataFrame, coefficients: CoefficientSet) -> pd.DataFrame:
     """The input columns, then the contract's: one row in, one row out, same order (float64).
 
     Unknown columns pass through unread. Raises InputError only where no row could be read at all: required columns
@@ -54,13 +55,13 @@ def estimate_cases(cases: pd.DataFrame, coefficients: Coefficients) -> pd.DataFr
     if missing:
         what = f"column{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
         raise InputError(f"cases: {what} missing (required: {', '.join(REQUIRED)})")
-    rows: list[Case | str] = [_parse(row) for row in _records(cases)]
+    rows = parse_cases(cases)
     valid = [i for i, row in enumerate(rows) if isinstance(row, Case)]
     priced = _price([row for row in rows if isinstance(row, Case)], coefficients) if valid else {}
     names = list(priced) or list(columns_of_nothing())
     result: dict[str, Any] = {}
     for name in names:
-        filled = np.full(len(rows), np.nan, dtype=object if name in ("feasible", "reason") else float)
+        filled = np.full(len(rows), np.nan, dtype=object if name in _TEXT else float)
         if valid:
             filled[valid] = priced[name]
         result[name] = filled
@@ -71,9 +72,17 @@ def estimate_cases(cases: pd.DataFrame, coefficients: Coefficients) -> pd.DataFr
     return pd.concat([kept.reset_index(drop=True), pd.DataFrame(result)], axis=1)
 
 
+_TEXT = ("feasible", "reason", "coefficients")
+
+
 def columns_of_nothing() -> Iterable[str]:
     """The result's columns where no row could be priced."""
     return ("ttft_ms", "tpot_ms", "output_tok_s_gpu", "tok_s_user", "e2e_ms", "memory_gib", "feasible", "reason")
+
+
+def parse_cases(cases: pd.DataFrame) -> list[Case | str]:
+    """Each row looked up, or why it cannot be priced."""
+    return [_parse(row) for row in _records(cases)]
 
 
 def _records(cases: pd.DataFrame) -> list[dict[str, str]]:
@@ -93,7 +102,7 @@ _READ = frozenset(
     (
         *REQUIRED,
         *_COUNTS,
-        *("cluster", "weights", "kv", "moe_tp", "moe_ep", "prefix_hit", "speculation", "overlap"),
+        *("cluster", "engine", "weights", "kv", "moe_tp", "moe_ep", "prefix_hit", "speculation", "overlap"),
     )
 )
 
@@ -122,6 +131,7 @@ def _case(row: dict[str, str]) -> Case:
         entry=entry,
         gpu=gpu,
         cluster=hardware.cluster(row.get("cluster") or gpu.default_cluster).name,
+        engine=row.get("engine", "").lower(),
         precision=_precision(entry.name, gpu.name, row.get("weights") or "native", row.get("kv") or "auto"),
         plan={
             **degrees,
@@ -209,10 +219,10 @@ def _draft(text: str, entry: ModelEntry) -> float:
 # ------------------------------------------------------------------------------------------- pricing
 
 
-def _price(cases: Sequence[Case], coefficients: Coefficients) -> dict[str, np.ndarray]:
+def _price(cases: Sequence[Case], coefficients: CoefficientSet) -> dict[str, np.ndarray]:
     """All cases in one batch of one structure, padded to a power of two so that few shapes are ever compiled."""
     with jax.enable_x64(True):
-        scenarios = _scenarios(cases, coefficients)
+        scenarios = scenarios_of(cases, coefficients)
         parts = []
         for start in range(0, len(cases), BLOCK):
             count = min(BLOCK, len(cases) - start)
@@ -222,10 +232,12 @@ def _price(cases: Sequence[Case], coefficients: Coefficients) -> dict[str, np.nd
             parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], result))
     whole: Estimate = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     concurrency = np.array([case.load.concurrency for case in cases])
-    return columns(whole, concurrency, np.array([case.plan["attention_dp"] for case in cases]))
+    result = columns(whole, concurrency, np.array([case.plan["attention_dp"] for case in cases]))
+    known = [coefficients.known(case.gpu.generation, case.gpu.name, case.engine) for case in cases]
+    return {**result, "coefficients": np.array(known, dtype=object)}
 
 
-def _scenarios(cases: Sequence[Case], coefficients: Coefficients) -> Scenario:
+def scenarios_of(cases: Sequence[Case], coefficients: CoefficientSet) -> Scenario:
     """Tables of what differs, gathered by row."""
 
     def gather(key: Callable[[Case], Any], make: Callable[[Sequence[Case]], Any]) -> Any:
@@ -259,7 +271,10 @@ def _scenarios(cases: Sequence[Case], coefficients: Coefficients) -> Scenario:
             waves=np.full(n, Load.waves),
             acceptance=np.full(n, Load.acceptance),
         ),
-        coefficients=jax.tree.map(lambda leaf: np.full(n, leaf, np.float64), coefficients),
+        coefficients=gather(
+            lambda c: (c.gpu.name, c.engine),
+            lambda some: stack([coefficients.of(c.gpu.generation, c.gpu.name, c.engine) for c in some]),
+        ),
     )
 
 
