@@ -72,7 +72,7 @@ class Swept:
 
     def merge(self, other: Swept) -> None:
         """Join what another worker found on other tiles."""
-        self.front.add(other.front.values, other.front.indices, other.front.ties)
+        self.front.add(other.front.values, other.front.indices, other.front.ties, other.front.sure)
         self.passed = self.passed + other.passed
         self.evaluated += other.evaluated
         self.partial |= other.partial
@@ -101,7 +101,7 @@ class _State:
             down, across = np.divmod(kept, self.tiling.points)
             flat = (row + down).astype(np.int64) * self.tiling.columns + column + across
             values = np.asarray(points.objectives).reshape(-1, points.objectives.shape[-1])[kept]
-            swept.front.add(values.astype(np.float64), flat)
+            swept.front.add(values.astype(np.float64), flat, sure=np.asarray(points.sure).ravel()[kept])
         if not swept.passed[-1]:
             self._nearest(points, row, column)
         if swept.front.compact(at_least=1 if self.young else 4096):

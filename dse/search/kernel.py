@@ -20,7 +20,7 @@ from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Estimate, Scenario, estimate_sharded
 from dse.cost.shard import Sharded, shard
 from dse.cost.types import Architecture, Device, Load, Number, Plan, Precision, Topology, pytree
-from dse.search.metrics import MARGIN, VALUE, margins, signed
+from dse.search.metrics import MARGIN, VALUE, WORST, margins, signed
 from dse.search.pareto import spread, staircase
 from dse.space.compile import CompiledSpace
 from dse.space.tables import plans
@@ -93,7 +93,8 @@ class Points:
 
     objectives: Number  # (*shape, K) signed to minimise
     violation: Number  # (*shape,) sum of relative excesses over the bounds; 0 is feasible
-    keep: Number  # (*shape,) feasible and not beaten
+    keep: Number  # (*shape,) feasible, as far as float32 tells, and not beaten
+    sure: Number  # (*shape,) feasible whatever float32 rounds
     passed: Number  # (1 + C,) counts: fits in memory, and meets the first 1, 2, ... constraints
 
 
@@ -203,16 +204,18 @@ def price(t: Tables, design: Design, sharded: Sharded, load: Load) -> Estimate:
 def judge(estimate: Estimate, weights: Number, bounds: Number, asked: Questions) -> tuple[Number, Number]:
     """Signed objectives (list of K) and relative excesses (list of 1 + C, memory first) of one point.
 
-    Objectives are means over the mix of workloads by weight; a constraint must hold for every workload of it.
+    Objectives are means over the mix of workloads by weight (memory: the most demanding one's); a constraint must hold
+    for every workload of it.
     """
     objectives = [
-        sign * jnp.sum(VALUE[metric](estimate) * weights)
+        sign * (jnp.max(VALUE[metric](estimate)) if metric in WORST else jnp.sum(VALUE[metric](estimate) * weights))
         for (metric, _), sign in zip(asked.objectives, signed(asked.objectives), strict=True)
     ]
     excess = [jnp.max(estimate.memory.total / estimate.memory.usable) - 1.0]
     for i, (metric, op) in enumerate(asked.constraints):
         value = VALUE[metric](estimate)
-        excess.append(jnp.max(value / bounds[i] if op == "max" else bounds[i] / value) - 1.0)
+        over, unit = (value - bounds[i], bounds[i]) if op == "max" else (bounds[i] - value, value)
+        excess.append(jnp.max(over / jnp.where(unit > 0, unit, 1.0)))
     return jnp.stack(objectives), jnp.stack(excess)
 
 
@@ -246,20 +249,21 @@ def tile_kernel(
 def sift(objectives: Number, excess: Number, inside: Number, target: Goals, asked: Questions) -> Points:
     """Violations, the kept points, and the funnel's counts (dominance as in `pareto.dominated_by`)."""
     allowed = slack(asked)
-    so_far = inside
+    so_far = sure = counted = inside
     passed = []
     violation: Number = 0.0
     for i, limit in enumerate(allowed):
         over = excess[..., i]
         within = over <= limit
-        so_far = so_far & within
-        passed.append(jnp.sum(so_far.astype(jnp.int32)))
+        so_far, sure, counted = so_far & within, sure & (over <= -limit), counted & (over <= 0.0)
+        passed.append(jnp.sum(counted.astype(jnp.int32)))
         violation = violation + jnp.where(within, 0.0, over)
     beaten = _beaten(objectives, target, margins(asked.objectives))
     return Points(
         objectives=objectives,
         violation=jnp.where(inside, violation, jnp.inf),
-        keep=so_far & (~beaten | (objectives[..., 0] < target.threshold)),
+        keep=so_far & (~beaten | (objectives[..., 0] <= target.threshold)),
+        sure=sure,
         passed=jnp.stack(passed),
     )
 

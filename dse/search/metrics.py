@@ -23,6 +23,8 @@ VALUE: Mapping[str, Callable[[Estimate], Any]] = MappingProxyType(
         "memory_gib": lambda e: e.memory.total / GIB,
     }
 )
+# Of a mix of workloads these are the worst one's, not the mean.
+WORST = frozenset(("memory_gib", "gpus"))
 # Relative float32 error that a sweep must not let decide (tests hold the model to 1e-5); counts are exact.
 MARGIN = MappingProxyType({name: 0.0 if name == "gpus" else 3e-5 for name in METRICS})
 

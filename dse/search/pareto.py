@@ -22,7 +22,8 @@ def front(values: Floats) -> NDArray[np.bool_]:
     keep = np.zeros(len(values), bool)
     usable = ~np.isnan(values).any(axis=1)
     if usable.any():
-        rows = np.ascontiguousarray(values[usable], np.float64)
+        # moocore takes infinities for its own sentinels: the largest finite numbers order alike.
+        rows = np.nan_to_num(np.ascontiguousarray(values[usable], np.float64))
         if rows.shape[1] == 1:
             keep[usable] = rows[:, 0] == rows[:, 0].min()
         else:
@@ -62,10 +63,15 @@ def dominated_by(values: Floats, references: Floats, margin: Floats) -> NDArray[
     return beaten
 
 
+def _limit(references: Floats, margin: Floats) -> Floats:
+    """What is worse than a reference by the margin lies above this; an infinite one has none."""
+    return np.where(np.isinf(references), references, references + margin * np.abs(np.nan_to_num(references)))
+
+
 def _dominated_blocks(values: Floats, references: Floats, margin: Floats) -> NDArray[np.bool_]:
     """Every row against every reference, a block of rows at a time."""
     beaten = np.zeros(len(values), bool)
-    worse_than = references + margin * np.abs(references)
+    worse_than = _limit(references, margin)
     block = max(1, 2_000_000 // len(references))
     for start in range(0, len(values), block):
         rows = values[start : start + block, None, :]
@@ -78,7 +84,7 @@ def _dominated_2d(values: Floats, references: Floats, margin: Floats) -> NDArray
     """Two objectives: the references that beat a row in one of them are a stretch of the sorted staircase."""
     order = np.lexsort((references[:, 1], references[:, 0]))
     first, second = references[order, 0], references[order, 1]
-    limit_first, limit_second = (x + m * np.abs(x) for x, m in zip((first, second), margin, strict=True))
+    limit_first, limit_second = _limit(references[order], margin).T
     count = np.searchsorted(limit_first, values[:, 0], side="left")  # worse than this many in the first
     last = np.maximum(count - 1, 0)
     beaten = (count > 0) & ((values[:, 1] > limit_second[last]) | (values[:, 1] == second[last]))
@@ -123,46 +129,57 @@ def spread(values: Floats, count: int) -> NDArray[np.intp]:
 
 @dataclass
 class RunningFront:
-    """The front of everything seen so far (within the margin), and the `best` rows by the first objective."""
+    """The front of everything seen so far (within the margin), and the `best` rows by the first objective.
+
+    A row that is not `sure` may turn out infeasible: it is kept while no sure row beats it, and beats none itself.
+    """
 
     margin: Floats
     best: int = 200
     values: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     indices: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     ties: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    _pending: list[tuple[Floats, Ints, Ints]] = field(default_factory=list)
+    sure: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    _pending: list[tuple[Floats, Ints, Ints, NDArray[np.bool_]]] = field(default_factory=list)
     _held: int = 0
 
-    def add(self, values: Floats, indices: Ints, ties: Ints | None = None) -> None:
+    def add(
+        self, values: Floats, indices: Ints, ties: Ints | None = None, sure: NDArray[np.bool_] | None = None
+    ) -> None:
         """Rows (n, k) of feasible points with their flat indices."""
         if len(values):
-            self._pending.append((values, indices, np.ones(len(indices), np.int64) if ties is None else ties))
+            ties = np.ones(len(indices), np.int64) if ties is None else ties
+            self._pending.append((values, indices, ties, np.ones(len(indices), bool) if sure is None else sure))
             self._held += len(values)
 
     def compact(self, at_least: int = 1) -> bool:
         """Merge what is pending once it is `at_least` rows: drop what is beaten and not among the best."""
         if self._held < at_least:
             return False
-        parts = ([(self.values, self.indices, self.ties)] if len(self.values) else []) + self._pending
-        merged = tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
-        values, indices, ties = distinct(*merged)
+        held = [(self.values, self.indices, self.ties, self.sure)] if len(self.values) else []
+        values, indices, ties, sure = (np.concatenate(x) for x in zip(*held, *self._pending, strict=True))
+        values, indices, ties = distinct(np.column_stack([values, ~sure]), indices, ties)
+        values, sure = values[:, :-1], values[:, -1] == 0
         usable = ~np.isnan(values).any(axis=1)
-        values, indices, ties = values[usable], indices[usable], ties[usable]
-        keep = ~dominated_by(values, values[front(values)], self.margin)
-        if len(values) > self.best:
-            keep[np.argpartition(values[:, 0], self.best - 1)[: self.best]] = True
-        else:
-            keep[:] = True
-        self.values, self.indices, self.ties = values[keep], indices[keep], ties[keep]
+        values, indices, ties, sure = values[usable], indices[usable], ties[usable], sure[usable]
+        keep = ~dominated_by(values, values[sure][front(values[sure])], self.margin)
+        keep |= values[:, 0] <= self._last_of_best(values[sure, 0])
+        self.values, self.indices, self.ties, self.sure = values[keep], indices[keep], ties[keep], sure[keep]
         self._pending, self._held = [], 0
         return True
 
     def threshold(self) -> float:
         """First-objective value that a row must beat to be among the best."""
-        if len(self.values) < self.best:
+        return self._last_of_best(self.values[self.sure, 0] if len(self.values) else np.zeros(0))
+
+    def _last_of_best(self, first: Floats) -> float:
+        """The `best`-th of them, and the margin."""
+        if len(first) < self.best:
             return float("inf")
-        return float(np.partition(self.values[:, 0], self.best - 1)[self.best - 1])
+        last = np.partition(first, self.best - 1)[self.best - 1]
+        return float(_limit(last, self.margin[0]))
 
     def members(self) -> Floats:
         """The rows of the front proper."""
-        return self.values[front(self.values)] if len(self.values) else self.values
+        values = self.values[self.sure]
+        return values[front(values)] if len(values) else values

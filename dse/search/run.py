@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dse.catalog.coefficients import CoefficientSet, coefficient_set
 from dse.cost.coefficients import Coefficients
+from dse.cost.types import stack
 from dse.errors import InputError
 from dse.search.grid import Progress, Swept, Tiling, sweep
 from dse.search.metrics import signed
@@ -34,20 +36,21 @@ def search(
     trials: int = 1000,
     engine: str = "local",
     seed: int = 0,
-    coefficients: Coefficients | None = None,
+    coefficients: CoefficientSet | Coefficients | None = None,
     compare: bool = True,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Search a space. `grid` prices every legal point; the others sample `trials` of them with Optuna.
 
     A sampled front is compared with the exhaustive one where the space has at most 20 million points (`compare`).
+    `coefficients`: a set (by default the best one that is shipped), or plain coefficients for every machine.
     Raises InputError for an unknown sampler or engine, or a space with no legal plan.
     """
     for value, allowed, what in ((sampler, SAMPLERS, "sampler"), (engine, ENGINES, "engine")):
         if value not in allowed:
             raise InputError(f"--{what}: {value!r} is not known (allowed: {', '.join(allowed)})")
-    c = coefficients or Coefficients()
     space = compile_space(spec)
+    c = of_machines(space, coefficients)
     started = time.perf_counter()
     if sampler == "grid":
         found = _exhaustive(space, c, engine, progress)
@@ -60,6 +63,14 @@ def search(
         whole = recheck(space, c, sweep(space, c).front.indices)
         result = replace(result, hypervolume_ratio=_ratio(result, whole))
     return result
+
+
+def of_machines(space: CompiledSpace, coefficients: CoefficientSet | Coefficients | None) -> Coefficients:
+    """Coefficients of every machine of a space (leaves (machines,)); by default of the best set there is."""
+    if isinstance(coefficients, Coefficients):
+        return coefficients
+    chosen = coefficients or coefficient_set()
+    return stack([chosen.of(machine.gpu.generation, machine.gpu.name) for machine in space.machines])
 
 
 def _exhaustive(space: CompiledSpace, c: Coefficients, engine: str, progress: Progress | None) -> Swept:
@@ -87,8 +98,10 @@ def finish(
     best = np.argsort(values[:, 0], kind="stable")[:BEST] if len(values) else np.zeros(0, np.int64)
     least: pd.DataFrame | None = None
     binding: tuple[Binding, ...] = ()
-    if not len(values) and found.least[1] >= 0:
-        least, binding = _least(space, c, found.least[1])
+    if not len(values) and (len(kept.indices) or found.least[1] >= 0):
+        # What float32 took for feasible is nearer than anything else.
+        nearest = np.maximum(kept.excess, 0.0).sum(axis=1)
+        least, binding = _least(space, c, int(kept.indices[nearest.argmin()]) if len(nearest) else found.least[1])
     return SearchResult(
         name=space.spec.name,
         sampler=sampler,
@@ -135,7 +148,7 @@ def _least(space: CompiledSpace, c: Coefficients, index: int) -> tuple[pd.DataFr
     broken = []
     for (metric, op, bound), over in zip(limits, excess, strict=True):
         if over > 0:
-            value = bound * (1.0 + over) if op == "max" else bound / (1.0 + over)
+            value = bound + over * (bound or 1.0) if op == "max" else bound / (1.0 + over)
             broken.append(Binding(metric=metric, value=float(value), op=op, bound=float(bound)))
     return frame, tuple(broken)
 

@@ -67,7 +67,8 @@ def sample(
             values = np.asarray(objectives, np.float64)[: len(batch)]
             over = np.asarray(excess, np.float64)[: len(batch)]
             _tell(study, batch, values, over)
-            fresh = np.array([int(i) not in seen for i in flat])
+            fresh = np.isin(np.arange(len(flat)), np.unique(flat, return_index=True)[1])
+            fresh &= [int(i) not in seen for i in flat]
             seen.update(int(i) for i in flat)
             _absorb(swept, flat, values, over, allowed, fresh)
             if progress is not None:
@@ -97,10 +98,9 @@ def _absorb(
     swept: Swept, flat: np.ndarray, values: np.ndarray, over: np.ndarray, allowed: np.ndarray, fresh: np.ndarray
 ) -> None:
     """Take a batch in as a tile of a sweep is."""
-    within = np.logical_and.accumulate(over <= allowed, axis=1)
-    swept.passed = swept.passed + within[fresh].sum(axis=0)
-    feasible = within[:, -1] & fresh
-    swept.front.add(values[feasible], flat[feasible])
+    swept.passed = swept.passed + np.logical_and.accumulate(over <= 0.0, axis=1)[fresh].sum(axis=0)
+    feasible = (over <= allowed).all(axis=1) & fresh
+    swept.front.add(values[feasible], flat[feasible], sure=(over <= -allowed).all(axis=1)[feasible])
     if not swept.passed[-1]:
         violation = np.where(over <= allowed, 0.0, over).sum(axis=1)
         best = int(np.argmin(np.nan_to_num(violation, nan=np.inf)))

@@ -1,0 +1,48 @@
+"""What the tests of the cost model share: one batch of random scenarios, priced once in each precision."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from scenarios import random_scenarios
+
+from dse.cost.evaluate import Estimate, Scenario, estimate
+from dse.cost.types import stack
+
+Columns = dict[str, Any]  # arrays by name
+
+
+def columns(tree: Any, prefix: str = "") -> Columns:
+    """The leaves of an estimate (and every `total`) as flat columns: `served.decode.attention`."""
+    flat: Columns = {}
+    for field in fields(tree):
+        value = getattr(tree, field.name)
+        flat |= columns(value, f"{prefix}{field.name}.") if is_dataclass(value) else {prefix + field.name: value}
+    if hasattr(type(tree), "total"):
+        flat[f"{prefix}total"] = tree.total
+    return flat
+
+
+def in_double(scenarios: list[Scenario]) -> Estimate:
+    """Estimates in float64."""
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, estimate(stack(scenarios)))
+
+
+@pytest.fixture(scope="session")
+def random_batch() -> list[Scenario]:
+    return random_scenarios(400, seed=0)
+
+
+@pytest.fixture(scope="session")
+def double(random_batch: list[Scenario]) -> Columns:
+    return columns(in_double(random_batch))
+
+
+@pytest.fixture(scope="session")
+def single(random_batch: list[Scenario]) -> Columns:
+    return columns(jax.tree.map(np.asarray, estimate(stack(random_batch))))
