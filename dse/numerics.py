@@ -16,9 +16,12 @@ def safe_divide(a: Number, b: Number, otherwise: Number = 0.0) -> Number:
 
 
 def safe_sqrt(x: Number) -> Number:
-    """sqrt(x) for x > 0, else 0 with gradient 0 (the true one is infinite at 0)."""
+    """sqrt(x) for x > 0, else 0 with gradient 0 (the true one is infinite at 0).
+
+    The stand-in is tiny, not 1: XLA may compute x twice with other roundings, and disagree about its sign.
+    """
     positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1e-30)), 0.0)
 
 
 def smooth_max(a: Number, b: Number, rounding: Number | None) -> Number:
@@ -32,18 +35,11 @@ def smooth_max(a: Number, b: Number, rounding: Number | None) -> Number:
     return 0.5 * (a + b + safe_sqrt((a - b) ** 2 + 4.0 * rounding**2 * a * b))
 
 
-def smooth_min(a: Number, b: Number, rounding: Number | None) -> Number:
-    """Minimum with the same rounded corner: a + b - smooth_max(a, b)."""
-    if rounding is None:
-        return jnp.minimum(a, b)
-    return a + b - smooth_max(a, b, rounding)
-
-
-def least(values: list[Number], rounding: Number | None = None) -> Number:
+def least(values: list[Number]) -> Number:
     """The least of several times."""
     result = values[0]
     for value in values[1:]:
-        result = smooth_min(result, value, rounding)
+        result = jnp.minimum(result, value)
     return result
 
 

@@ -20,6 +20,7 @@ from oracle_step import (
     kv_heads_of,
     latent_slices,
     segment,
+    stage_share,
     step,
     tokens_travel,
 )
@@ -55,7 +56,7 @@ def weight_bytes(x: Any, drafted: float) -> float:
             size += area(latent_slices(f.routed, x)) * p.ffn_bytes
         layers += f.count * size
     tables = arch.embeddings if plan.pp == 1 else 1
-    total = layers / plan.pp + tables * arch.vocab * arch.hidden / plan.tp * 2 + arch.other_params * 2
+    total = layers * stage_share(x) + tables * arch.vocab * arch.hidden / plan.tp * 2 + arch.other_params * 2
     if drafted > 0:
         total += arch.mtp_params * p.expert_bytes / max(plan.moe_ep * plan.moe_tp, plan.tp)
     return total
@@ -73,7 +74,7 @@ def cache_bytes(x: Any, length: float) -> float:
                 total += m.count * m.indexer.dim * m.core.ratio * length / plan.cp
         if m.state is not None:
             total += m.count * m.state.state_bytes / plan.tp
-    return total / plan.pp
+    return total * stage_share(x)
 
 
 def activation_bytes(x: Any, tokens: float, rows: float) -> float:
@@ -169,7 +170,7 @@ def serve(x: Any, fits: float) -> dict[str, Any]:
     if static:
         held, beside = n, min(n, others)
     elif arriving > load.chunk:
-        held = answer * mix / prompt
+        held = answer * mix / prompt + answer / (answer + pieces)
         beside = min(held, others * answer / (answer + pieces))
     else:
         held, beside = n * answer / (answer + pieces), others * answer / (answer + pieces)
@@ -190,11 +191,11 @@ def serve(x: Any, fits: float) -> dict[str, Any]:
         return network.point_to_point(boundary, t["tokens"] * 2 * x.architecture.hidden / plan.tp, c)
 
     def period(t: dict[str, float]) -> float:
-        stage = t["total"] + drafted * (t["layer"] + t["head"])
-        return max(pp * stage + (pp - 1) * hop(t), flights * stage)
+        body, head = t["body"] + drafted * t["layer"], t["head"] * (1 + drafted)
+        return max(pp * body + (pp - 1) * hop(t) + head + t["overhead"], flights * (body + head))
 
     def through(t: dict[str, float], steps: float) -> float:
-        return steps * t["total"] + (pp - 1) * (t["total"] + hop(t))
+        return steps * t["total"] + (pp - 1) * (t["body"] + hop(t))
 
     tpot = ((1 - busy) * period(decode) + busy * period(mixed)) / accepted
     own, alone = through(mixed, pieces), through(prefill, pieces)

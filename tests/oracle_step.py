@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -228,6 +229,12 @@ def segment(requests: float, tokens: float, start: float, span: float, prefill: 
     return SimpleNamespace(requests=requests, tokens=tokens, start=start, span=span, prefill=prefill)
 
 
+def stage_share(x: Any) -> float:
+    """Share of the layers on the stage that has most of them."""
+    layers = max(sum(m.count for m in x.architecture.mixers), sum(f.count for f in x.architecture.ffns))
+    return math.ceil(layers / x.plan.pp) / layers
+
+
 def step(segments: list[Any], rule_index: float, x: Any) -> dict[str, float]:
     """One engine step of one stage, with its breakdown."""
     arch, plan, c, device = x.architecture, x.plan, x.coefficients, x.device
@@ -252,9 +259,9 @@ def step(segments: list[Any], rule_index: float, x: Any) -> dict[str, float]:
         reduce = network.all_reduce(tp_ranks, buffer, x.topology.multicast > 0, c)
 
     sums = dict.fromkeys(("projections", "attention", "elementwise", "sequence", "dense", "experts", "exchange"), 0.0)
-    layers_mixing, layers = 0.0, sum(f.count for f in arch.ffns) / plan.pp
+    layers_mixing, layers = 0.0, sum(f.count for f in arch.ffns) * stage_share(x)
     for m in arch.mixers:
-        count = m.count / plan.pp
+        count = m.count * stage_share(x)
         gemms = [gemm_slice(g, plan, kv_heads_of(m)) for g in m.gemms]
         kernels = sum(1 for k, n in gemms if k * n > 0) + c.elementwise_kernels
         kernels += 1 if has_core(m) else 0
@@ -269,7 +276,7 @@ def step(segments: list[Any], rule_index: float, x: Any) -> dict[str, float]:
     mixing = sums["projections"] + sums["attention"] + sums["elementwise"]
     reduces, total = layers_mixing * reduce, 0.0
     for f in arch.ffns:
-        count = f.count / plan.pp
+        count = f.count * stage_share(x)
         shapes = dense_slices(f, x)
         kernels, experts, down, dispatch, combine = float(len(shapes)), 0.0, 0.0, 0.0, 0.0
         if has_experts(f):
@@ -294,6 +301,8 @@ def step(segments: list[Any], rule_index: float, x: Any) -> dict[str, float]:
         sums["dense"] += count * dense
         sums["experts"] += count * experts
         sums["exchange"] += count * (dispatch + combine)
+    if layers == 0:  # nothing but mixers
+        total = mixing + sums["sequence"] + layers_mixing * reduce
     sums["reduce"] = reduces
     talk = reduces + sums["exchange"] + sums["sequence"]
     fill = (reduces + sums["exchange"]) / layers if parts == 2 and layers > 0 else 0.0
@@ -302,6 +311,8 @@ def step(segments: list[Any], rule_index: float, x: Any) -> dict[str, float]:
     result = {key: parts * value for key, value in sums.items()}
     result |= {"head": parts * head, "hidden": parts * hidden - fill, "tokens": parts * rank}
     result["overhead"] = c.step_overhead + requests * c.request_overhead
-    result["layer"] = parts * total / layers if layers > 0 else 0.0
+    deep = max(layers, layers_mixing)
+    result["layer"] = parts * total / deep if deep > 0 else 0.0
+    result["body"] = parts * total + fill
     result["total"] = parts * (total + head) + fill + result["overhead"]
     return result

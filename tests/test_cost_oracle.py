@@ -36,6 +36,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 def expect(scenarios: list[Scenario]) -> Columns:
     rows = [flat(price(as_dict(x))) for x in scenarios]
+    rows = [{name: value for name, value in row.items() if not name.endswith(".body")} for row in rows]
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 

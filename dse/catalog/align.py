@@ -21,12 +21,12 @@ _CORE, _INDEXER, _STATE, _ROUTED, _SLOT = 4.0, 2.0, 1.0, 6.0, 3.0
 
 _NO_GEMM = Gemm(k=0.0, n=0.0)
 _NO_CORE = Core(
-    heads=1.0,
+    heads=0.0,
     kv_heads=1.0,
-    score_dim=1.0,
-    value_dim=1.0,
-    score_dim_decode=1.0,
-    value_dim_decode=1.0,
+    score_dim=0.0,
+    value_dim=0.0,
+    score_dim_decode=0.0,
+    value_dim_decode=0.0,
     kv_elements=0.0,
     window=0.0,
     window_fill=1.0,

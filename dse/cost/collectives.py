@@ -32,9 +32,15 @@ class Line:
 Lines = tuple[Line, ...]
 
 
-def seconds(lines: Lines, size: Number, rounding: Number | None = None) -> Number:
-    """Least over the algorithms at this message size (bytes)."""
-    return least([line(size) for line in lines], rounding)
+ABSENT = 1e9  # seconds: an algorithm that this group cannot run
+
+
+def seconds(lines: Lines, size: Number) -> Number:
+    """Least over the algorithms at this message size (bytes).
+
+    A hard minimum: a rounded one would let two equal algorithms, or one that does not exist, cheapen the best.
+    """
+    return least([line(size) for line in lines])
 
 
 @pytree
@@ -127,13 +133,13 @@ def all_reduce(topology: Topology, g: Group, c: Coefficients) -> Lines:
     `bytes` is the whole buffer S.
     """
     first = topology.levels[0]
-    outside = jnp.where(g.within[0] < g.n, 1.0, 0.0)  # one-shot needs all ranks under one switch
-    busy = first.bandwidth * c.link_simple
+    outside = jnp.where(g.within[0] < g.n, ABSENT, 0.0)  # one-shot needs all ranks under one switch
+    busy = bandwidth(first) * c.link_simple
     one_shot = Line(
         fixed=_only_if(g.n, c.one_shot_base + 2.0 * c.hop_ll * first.latency) + outside,
         per_byte=(g.n - 1.0) / busy,
     )
-    absent = outside + jnp.where(topology.multicast > 0, 0.0, 1.0) * jnp.where(g.n > 1, 1.0, 0.0)
+    absent = outside + jnp.where(topology.multicast > 0, 0.0, ABSENT) * jnp.where(g.n > 1, 1.0, 0.0)
     multicast = Line(fixed=_only_if(g.n, c.multicast_base) + absent, per_byte=_only_if(g.n, (1.0 + 1.0 / g.n) / busy))
     return (*_scatter_lines(topology, g, c, passes=2.0), one_shot, multicast)
 
@@ -188,7 +194,7 @@ def dispatch(topology: Topology, g: Group, routed: Routed, mode: Number, token_b
 
     def by_node(limit: Number) -> Number:
         m = jnp.minimum(limit, nodes)
-        forward = to_ranks * (g.within[0] - 1.0) / g.within[0] / (topology.levels[0].bandwidth * c.link_simple)
+        forward = to_ranks * (g.within[0] - 1.0) / g.within[0] / (bandwidth(topology.levels[0]) * c.link_simple)
         worst = forward
         for level, inner in zip(topology.levels[1:], g.within[:-1], strict=True):
             units = g.n / inner

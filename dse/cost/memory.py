@@ -6,11 +6,12 @@ import jax.numpy as jnp
 
 from dse.cost.coefficients import Coefficients
 from dse.cost.operators import cached_keys, shard_gemm
-from dse.cost.shard import dense_shapes, exchanges, expert_shapes, extra_shapes, sequence_shards
+from dse.cost.shard import dense_shapes, exchanges, expert_shapes, extra_shapes, sequence_shards, stage_share
 from dse.cost.types import Architecture, Device, FeedForward, Load, Mixer, Number, Plan, pytree
 from dse.numerics import safe_divide
 
 SIXTEEN_BIT = 2.0
+UNLIMITED = 1e12  # requests, where one needs no memory of its own
 
 
 @pytree
@@ -60,7 +61,7 @@ def weights(arch: Architecture, plan: Plan, drafting: Number) -> Number:
     mtp = jnp.where(
         drafting > 0, arch.mtp_params * plan.precision.expert_bytes / jnp.maximum(expert_ranks, plan.tp), 0.0
     )
-    return (mixers + ffns) / plan.pp + vocabulary + other + mtp
+    return (mixers + ffns) * stage_share(arch, plan) + vocabulary + other + mtp
 
 
 def kv_bytes(arch: Architecture, plan: Plan, length: Number) -> Number:
@@ -80,7 +81,7 @@ def kv_bytes(arch: Architecture, plan: Plan, length: Number) -> Number:
         if mixer.state is not None:
             layer = layer + mixer.state.state_bytes / plan.tp
         total = total + mixer.count * layer
-    return total / plan.pp
+    return total * stage_share(arch, plan)
 
 
 def activations(arch: Architecture, plan: Plan, tokens: Number, rows: Number) -> Number:
@@ -123,5 +124,9 @@ def memory(arch: Architecture, device: Device, plan: Plan, load: Load, c: Coeffi
     one = kv_bytes(arch, plan, load.isl + c.reserved_output * load.osl)
     free = usable - sum(parts.values(), start=0.0)
     return Memory(
-        **parts, kv_request=one, kv=requests * one, usable=usable, requests=jnp.maximum(safe_divide(free, one), 0.0)
+        **parts,
+        kv_request=one,
+        kv=requests * one,
+        usable=usable,
+        requests=jnp.maximum(safe_divide(free, one, otherwise=UNLIMITED), 0.0),
     )

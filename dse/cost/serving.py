@@ -31,19 +31,19 @@ def accepted_tokens(draft: Number, acceptance: Number) -> Number:
 
 
 def cycle(s: Sharded, t: Step, draft: Number, flights: Number) -> Number:
-    """Seconds between two tokens of a request: P (t + p2p) through the pipeline, or m t where m micro-batches fill it.
+    """Seconds between two tokens of a request: once through the pipeline, or m stages where m micro-batches fill it.
 
-    Drafting adds one layer and one head a drafted token.
+    max(P t + (P-1) p2p + head + overhead, m (t + head)); drafting adds one layer and one head a drafted token.
     """
-    stage = t.total + draft * (t.layer + t.head)
+    body, head = t.body + draft * t.layer, (1.0 + draft) * t.head
     hop = s.boundary(t.tokens * s.boundary_bytes)
-    return jnp.maximum(s.plan.pp * stage + (s.plan.pp - 1.0) * hop, flights * stage)
+    return jnp.maximum(s.plan.pp * body + (s.plan.pp - 1.0) * hop + head + t.overhead, flights * (body + head))
 
 
 def flow(s: Sharded, t: Step, steps: Number) -> Number:
     """Seconds for `steps` chunks to run through the pipeline: sum t_i + (P-1)(t + p2p)."""
     hop = s.boundary(t.tokens * s.boundary_bytes)
-    return steps * t.total + (s.plan.pp - 1.0) * (t.total + hop)
+    return steps * t.total + (s.plan.pp - 1.0) * (t.body + hop)
 
 
 def serve(s: Sharded, load: Load, memory: Memory) -> Served:
@@ -75,7 +75,7 @@ def serve(s: Sharded, load: Load, memory: Memory) -> Served:
     arriving = closed * others * prompt / (decode_steps + chunks)
     mix = jnp.clip(arriving, piece, jnp.maximum(load.chunk, piece))
     busy = jnp.minimum(arriving / mix, 1.0)
-    most = decode_steps * mix / prompt  # requests that a saturated prefill can keep in decode
+    most = decode_steps * mix / prompt  # other requests that a saturated prefill can keep in decode
     share = jnp.where(static > 0, 1.0, decode_steps / (decode_steps + chunks))
 
     def decoding(requests: Number) -> Segment:
@@ -84,7 +84,7 @@ def serve(s: Sharded, load: Load, memory: Memory) -> Served:
     def prompts(tokens: Number) -> Segment:
         return Segment(requests=tokens / piece, tokens=piece, start=start, span=prompt)
 
-    held = jnp.where(arriving > load.chunk, most, n * share)
+    held = jnp.where(arriving > load.chunk, most + share, n * share)
     beside = jnp.minimum(held, others * share)
     wave = jnp.clip(running * prompt, piece, jnp.maximum(load.chunk, piece))
     decode = step(s, Batch(prefill=None, decode=decoding(held)), plan.overlap_decode)
@@ -97,7 +97,8 @@ def serve(s: Sharded, load: Load, memory: Memory) -> Served:
     own = flow(s, mixed, chunks)
     load_factor = jnp.minimum(arriving / load.chunk, 1.0)
     line = jnp.minimum(safe_divide(load_factor, 2.0 * (1.0 - load_factor), otherwise=1e9), 0.5 * others) * chunks
-    backlog = jnp.maximum(n - held - mix / piece, 0.0) * prompt / mix
+    kept = jnp.where(arriving > load.chunk, n - held, closed * n * chunks / (decode_steps + chunks))
+    backlog = jnp.maximum(kept - mix / piece, 0.0) * prompt / mix
     waiting = jnp.maximum(line, backlog) * mixed.total + 0.5 * jnp.where(others > 0, decode.total, 0.0)
     share_of_prompts = jnp.where(static > 0, running, 0.5 * (running + 1.0))
     burst = flow(s, prefill, jnp.maximum(share_of_prompts * prompt / wave, 1.0))

@@ -27,7 +27,7 @@ from dse.cost.types import (
     Topology,
     pytree,
 )
-from dse.numerics import safe_divide
+from dse.numerics import ceil_ratio, safe_divide
 
 
 @pytree
@@ -173,7 +173,14 @@ def _indexer(indexer: Indexer, core: Core, device: Device, c: Coefficients) -> I
     )
 
 
-def _mixer(mixer: Mixer, plan: Plan, device: Device, topology: Topology, c: Coefficients) -> MixerCost:
+def stage_share(arch: Architecture, plan: Plan) -> Number:
+    """Share of the layers on the fullest stage: ceil(L/P)/L, L the larger of mixing and feed-forward layers."""
+    mixers = sum((m.count for m in arch.mixers), start=jnp.zeros(()))
+    layers = jnp.maximum(mixers, sum((f.count for f in arch.ffns), start=jnp.zeros(())))
+    return safe_divide(ceil_ratio(layers, plan.pp), layers)
+
+
+def _mixer(mixer: Mixer, share: Number, plan: Plan, device: Device, topology: Topology, c: Coefficients) -> MixerCost:
     core, state, indexer = mixer.core, mixer.state, mixer.indexer
     shapes = [shard_gemm(g, plan.tp, core.kv_heads if core is not None else 1.0) for g in mixer.gemms]
     kernels = _present(shapes) + c.elementwise_kernels
@@ -189,7 +196,7 @@ def _mixer(mixer: Mixer, plan: Plan, device: Device, topology: Topology, c: Coef
             token=state.flops_per_token / plan.tp / (device.peak_bf16 * c.core_decode),
         )
     return MixerCost(
-        count=mixer.count / plan.pp,
+        count=mixer.count * share,
         gemms=tuple(_roof(s, "mixer", plan, device, c) for s in shapes),
         kernels=kernels,
         core=None if core is None else _core(core, plan, device, c),
@@ -219,7 +226,8 @@ def dense_shapes(ffn: FeedForward, hidden: Number, tp: Number) -> list[GemmShape
 
 def extra_shapes(routed: Routed, hidden: Number) -> list[GemmShape]:
     """Projections into and out of the experts' latent space, replicated."""
-    return [GemmShape(k=hidden, n=routed.latent), GemmShape(k=routed.latent, n=hidden)]
+    width = hidden * jnp.where(routed.latent > 0, 1.0, 0.0)
+    return [GemmShape(k=width, n=routed.latent), GemmShape(k=routed.latent, n=width)]
 
 
 def exchanges(plan: Plan) -> Number:
@@ -249,7 +257,7 @@ def _routed(
         top_k=routed.top_k,
         down_share=safe_divide(1.0, routed.matrices),
         imbalance=1.0 + (c.imbalance - 1.0) * (1.0 - 1.0 / plan.moe_ep),
-        exchange=exchanges(plan),
+        exchange=exchanges(plan) * jnp.where(routed.top_k > 0, 1.0, 0.0),
         dispatch=travel(p.dispatch_bytes),
         combine=travel(p.combine_bytes),
         slice_gather=coll.all_gather(topology, slices, c),
@@ -258,7 +266,7 @@ def _routed(
 
 
 def _ffn(
-    ffn: FeedForward, hidden: Number, plan: Plan, device: Device, topology: Topology, c: Coefficients
+    ffn: FeedForward, hidden: Number, share: Number, plan: Plan, device: Device, topology: Topology, c: Coefficients
 ) -> FeedForwardCost:
     shapes = dense_shapes(ffn, hidden, plan.tp)
     kernels = _present(shapes)
@@ -269,9 +277,9 @@ def _ffn(
         has = jnp.where(routed.top_k > 0, 1.0, 0.0)
         cost = _routed(routed, hidden, plan, device, topology, c)
         kernels = kernels + 5.0 * has + _present(extra_shapes(routed, hidden))  # router, top-k, permute, 2 GEMMs
-        reduce = 1.0 - has * cost.exchange
+        reduce = 1.0 - cost.exchange
     return FeedForwardCost(
-        count=ffn.count / plan.pp,
+        count=ffn.count * share,
         dense=tuple(_roof(s, "ffn", plan, device, c) for s in shapes),
         kernels=kernels,
         reduce=reduce,
@@ -295,12 +303,12 @@ def shard(arch: Architecture, device: Device, topology: Topology, plan: Plan, c:
             for r, w in zip(reduce, wide, strict=True)
         )
     stage = coll.group(topology, plan.pp, plan.tp * plan.attention_dp * plan.cp)
-    spread = sequence_shards(plan)
+    share, spread = stage_share(arch, plan), sequence_shards(plan)
     head = GemmShape(k=arch.hidden, n=arch.vocab / plan.tp)
     return Sharded(
         plan=plan,
-        mixers=tuple(_mixer(m, plan, device, topology, c) for m in arch.mixers),
-        ffns=tuple(_ffn(f, arch.hidden, plan, device, topology, c) for f in arch.ffns),
+        mixers=tuple(_mixer(m, share, plan, device, topology, c) for m in arch.mixers),
+        ffns=tuple(_ffn(f, arch.hidden, share, plan, device, topology, c) for f in arch.ffns),
         head=gemm(head, 2.0, 2.0, 0.0, device, c),
         elementwise=c.elementwise_passes * arch.hidden * 2.0 / spread / (device.bandwidth * c.memory),
         reduce=reduce,
@@ -318,4 +326,14 @@ def sequence_shards(plan: Plan) -> Number:
     return jnp.where(plan.sequence_parallel > 0, plan.tp, 1.0)
 
 
-__all__ = ["Gemm", "Sharded", "dense_shapes", "exchanges", "expert_shapes", "extra_shapes", "sequence_shards", "shard"]
+__all__ = [
+    "Gemm",
+    "Sharded",
+    "dense_shapes",
+    "exchanges",
+    "expert_shapes",
+    "extra_shapes",
+    "sequence_shards",
+    "shard",
+    "stage_share",
+]

@@ -49,9 +49,15 @@ class Step:
     layer: Number  # seconds a layer, for drafting
 
     @property
+    def body(self) -> Number:
+        """The stage's layers: what every stage of a pipeline does."""
+        compute = self.projections + self.attention + self.dense + self.experts + self.elementwise
+        return compute + self.reduce + self.exchange + self.sequence - self.hidden
+
+    @property
     def total(self) -> Number:
-        compute = self.projections + self.attention + self.dense + self.experts + self.elementwise + self.head
-        return compute + self.reduce + self.exchange + self.sequence - self.hidden + self.overhead
+        """With the head and the engine's overhead, which a pipeline pays once."""
+        return self.body + self.head + self.overhead
 
 
 @pytree
@@ -130,22 +136,22 @@ def _sequence(cost: SequenceCost, core: CoreCost, batch: Batch, attention: Numbe
     Ulysses: all-to-all of Q, K, V and outputs; ring: N-1 neighbour steps hidden behind attention; pass-KV: all-gather
     of keys and values; pass-Q: queries around, outputs back.
     """
-    n, c = s.plan.cp, s.c
+    n = s.plan.cp
     total: Number = 0.0
     if batch.prefill is not None:
         p = batch.prefill
         tokens = p.requests * p.tokens / n
         cached = p.requests * context(p.start, p.span, p.tokens)
-        ulysses = seconds(cost.swap, tokens * (cost.query_bytes + cost.cache_bytes), c.rounding)
+        ulysses = seconds(cost.swap, tokens * (cost.query_bytes + cost.cache_bytes))
         hop = cost.neighbour(cached / n * cost.cache_bytes)
         ring = (n - 1.0) * jnp.maximum(0.0, hop - attention / n)
-        pass_kv = seconds(cost.gather, cached * cost.cache_bytes, c.rounding)
+        pass_kv = seconds(cost.gather, cached * cost.cache_bytes)
         query = tokens * n * cost.query_bytes * 0.5
-        pass_q = seconds(cost.gather, query, c.rounding) + seconds(cost.swap, query / n, c.rounding)
+        pass_q = seconds(cost.gather, query) + seconds(cost.swap, query)
         least = jnp.minimum(jnp.minimum(ulysses, ring), jnp.minimum(pass_kv, pass_q))
         total = pick(cost.method, [least, ulysses, ring, pass_kv, pass_q])
     if batch.decode is not None:
-        total = total + seconds(cost.swap, batch.decode.requests * batch.decode.tokens * cost.decode_bytes, c.rounding)
+        total = total + seconds(cost.swap, batch.decode.requests * batch.decode.tokens * cost.decode_bytes)
     return total
 
 
@@ -156,7 +162,7 @@ def _experts(r: RoutedCost, tokens: _Tokens, s: Sharded) -> tuple[Number, Number
     touched = experts_touched(r.experts, r.top_k, tokens.group, plan.moe_ep)
     busiest = copies * r.imbalance
     work = r.up(busiest, touched, c.rounding) + r.down(busiest, touched, c.rounding)
-    slices = seconds(r.slice_gather, copies * r.slice_bytes, c.rounding) * 0.5
+    slices = seconds(r.slice_gather, copies * r.slice_bytes) * 0.5
     travel = [r.exchange * (line(tokens.sent * r.imbalance) + slices) for line in (r.dispatch, r.combine)]
     return work, travel[0], travel[1]
 
@@ -182,7 +188,7 @@ def step(s: Sharded, batch: Batch, rule: Number) -> Step:
     latency = s.c.kernel_decode
     if batch.prefill is not None:  # captured graphs serve pure decode only
         latency = jnp.where(batch.prefill.requests > 0, s.c.kernel_prefill, s.c.kernel_decode)
-    reduce = seconds(s.reduce, tokens.rank * s.reduce_bytes, s.c.rounding)
+    reduce = seconds(s.reduce, tokens.rank * s.reduce_bytes)
     zero: Number = 0.0
     projections, attention, sequence, elementwise, mixers = zero, zero, zero, zero, zero
     for m in s.mixers:
@@ -193,7 +199,8 @@ def step(s: Sharded, batch: Batch, rule: Number) -> Step:
         elementwise = elementwise + m.count * (tokens.rank * s.elementwise + m.kernels * latency)
         mixers = mixers + m.count
         if m.sequence is not None and m.core is not None:
-            sequence = sequence + m.count * _sequence(m.sequence, m.core, batch, core, s)
+            present = jnp.where(m.core.core.kv_elements > 0, m.count, 0.0)
+            sequence = sequence + present * _sequence(m.sequence, m.core, batch, core, s)
     mixing = projections + attention + elementwise
     layers = sum((f.count for f in s.ffns), start=0.0)
     total, dense, experts, exchange, reduces = zero, zero, zero, zero, mixers * reduce
@@ -203,20 +210,22 @@ def step(s: Sharded, batch: Batch, rule: Number) -> Step:
         share = safe_divide(f.count, layers)
         closing = f.count * f.reduce * reduce
         times = LayerTimes(
-            attention=share * mixing,
+            attention=share * (mixing + sequence),  # what a ring hides behind attention is hidden already
             shared=shared,
             routed=routed,
             routed_down=down,
-            reduce=share * (mixers * reduce + sequence) + closing,
+            reduce=share * mixers * reduce + closing,
             dispatch=dispatch,
             combine=combine,
         )
         total = total + overlapped(rule, times, s.c)
         dense, experts = dense + shared, experts + routed
         exchange, reduces = exchange + dispatch + combine, reduces + closing
+    # A model without feed-forward layers (pure SSM) has nothing to share its mixers out to.
+    total = total + jnp.where(layers > 0, 0.0, mixing + sequence + mixers * reduce)
     head = s.head(tokens.rows, rounding=s.c.rounding)
     communication = reduces + exchange + sequence
-    fill = jnp.where(micro > 1, safe_divide(communication, layers), 0.0)
+    fill = jnp.where(micro > 1, safe_divide(reduces + exchange, layers), 0.0)
     hidden = mixing + dense + experts + communication - total
     requests = sum((seg.requests for seg in (batch.prefill, batch.decode) if seg is not None), start=0.0)
     return Step(
@@ -232,7 +241,7 @@ def step(s: Sharded, batch: Batch, rule: Number) -> Step:
         hidden=micro * hidden - fill,
         overhead=s.c.step_overhead + micro * requests * s.c.request_overhead,
         tokens=micro * tokens.rank,
-        layer=micro * safe_divide(total, layers),
+        layer=micro * safe_divide(total, jnp.maximum(layers, mixers)),
     )
 
 

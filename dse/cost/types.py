@@ -47,9 +47,9 @@ class Gemm:
 class Core:
     """Softmax attention between the projections, as numbers.
 
-    A query at position x sees `window_fill * min(x, window)` local keys (window 0: none; fill 1 sliding, 1/2 chunked)
-    and `min(x * ratio, top_k)` global keys (full attention: ratio 1, top_k large; none: ratio 0; DeepSeek sparse
-    attention: ratio 1, top_k 2048; compressed KV: ratio 1/4 or 1/128).
+    A query at position x sees x local keys below `window` and `window_fill * window` beyond (window 0: none; fill 1
+    sliding, 1/2 chunked: the mean place in a chunk), and `min(x * ratio, top_k)` global keys (full attention: ratio 1,
+    top_k large; none: ratio 0; DeepSeek sparse attention: ratio 1, top_k 2048; compressed KV: ratio 1/4 or 1/128).
     Prefill and decode have their own score and value dimensions a head: MLA is materialised in prefill, absorbed in
     decode; elsewhere they are the head dimension.
     """

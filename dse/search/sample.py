@@ -100,7 +100,7 @@ def _absorb(
     """Take a batch in as a tile of a sweep is."""
     swept.passed = swept.passed + np.logical_and.accumulate(over <= 0.0, axis=1)[fresh].sum(axis=0)
     feasible = (over <= allowed).all(axis=1) & fresh
-    swept.front.add(values[feasible], flat[feasible], sure=(over <= -allowed).all(axis=1)[feasible])
+    swept.front.add(values[feasible], flat[feasible], sure=np.asarray((over[feasible] <= -allowed).all(axis=1)))
     if not swept.passed[-1]:
         violation = np.where(over <= allowed, 0.0, over).sum(axis=1)
         best = int(np.argmin(np.nan_to_num(violation, nan=np.inf)))

@@ -232,9 +232,9 @@ def _price(cases: Sequence[Case], coefficients: CoefficientSet) -> dict[str, np.
             parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], result))
     whole: Estimate = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     concurrency = np.array([case.load.concurrency for case in cases])
-    result = columns(whole, concurrency, np.array([case.plan["attention_dp"] for case in cases]))
+    priced = columns(whole, concurrency, np.array([case.plan["attention_dp"] for case in cases]))
     known = [coefficients.known(case.gpu.generation, case.gpu.name, case.engine) for case in cases]
-    return {**result, "coefficients": np.array(known, dtype=object)}
+    return {**priced, "coefficients": np.array(known, dtype=object)}
 
 
 def scenarios_of(cases: Sequence[Case], coefficients: CoefficientSet) -> Scenario:
