@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from brute import brute
 from scenarios import random_scenarios
 
 from dse.cost.evaluate import Estimate, Scenario, estimate
 from dse.cost.types import stack
+from dse.search import grid
+from dse.search.grid import Tiling
 
 Columns = dict[str, Any]  # arrays by name
 
@@ -46,3 +49,11 @@ def double(random_batch: list[Scenario]) -> Columns:
 @pytest.fixture(scope="session")
 def single(random_batch: list[Scenario]) -> Columns:
     return columns(jax.tree.map(np.asarray, estimate(stack(random_batch))))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Tiling:
+    """The dense space in many tiles, some of them past the end on both sides."""
+    monkeypatch.setattr(grid, "TILE", 98)
+    monkeypatch.setattr(grid, "WIDEST", 7)
+    return Tiling.of(brute("dense").space)

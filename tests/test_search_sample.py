@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from test_search_grid import brute, chosen, spec_of
+from brute import brute, chosen, search, spec_of
 
 from dse.cost.coefficients import Coefficients
 from dse.search import sample as sampling
 from dse.search.kernel import TRACES
 from dse.search.result import SearchResult
-from dse.search.run import SAMPLERS, search
+from dse.search.run import SAMPLERS
 from dse.search.sample import BATCH, sample
 from dse.space import CompiledSpace, compile_space, describe, parse_space
 
