@@ -10,6 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dse.audit.compare import compare as compare_methods
+    from dse.audit.load import load_plan, parse_plan
+    from dse.audit.run import audit as audit_plan
     from dse.catalog.coefficients import CoefficientSet, coefficient_set
     from dse.catalog.hardware import cluster, clusters, gpu, gpus
     from dse.catalog.models import load_model_file, model, models
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from dse.cost.evaluate import Estimate, Scenario
     from dse.cost.evaluate import estimate as estimate_batch
     from dse.errors import DseError, InputError
+    from dse.published.tables import published as published_table
     from dse.report.files import write_outputs
     from dse.report.summary import Summary, summarise
     from dse.search.result import SearchResult
@@ -38,19 +42,24 @@ _FACE = {
     "SearchResult": ("dse.search.result", "SearchResult"),
     "SpaceSpec": ("dse.space.schema", "SpaceSpec"),
     "Summary": ("dse.report.summary", "Summary"),
+    "audit_plan": ("dse.audit.run", "audit"),
     "cluster": ("dse.catalog.hardware", "cluster"),
     "clusters": ("dse.catalog.hardware", "clusters"),
     "coefficient_set": ("dse.catalog.coefficients", "coefficient_set"),
+    "compare_methods": ("dse.audit.compare", "compare"),
     "compile_space": ("dse.space.compile", "compile_space"),
     "estimate_batch": ("dse.cost.evaluate", "estimate"),
     "estimate_cases": ("dse.space.cases", "estimate_cases"),
     "gpu": ("dse.catalog.hardware", "gpu"),
     "gpus": ("dse.catalog.hardware", "gpus"),
     "load_model_file": ("dse.catalog.models", "load_model_file"),
+    "load_plan": ("dse.audit.load", "load_plan"),
     "load_space": ("dse.space.load", "load_space"),
     "model": ("dse.catalog.models", "model"),
     "models": ("dse.catalog.models", "models"),
+    "parse_plan": ("dse.audit.load", "parse_plan"),
     "parse_space": ("dse.space.load", "parse_space"),
+    "published_table": ("dse.published.tables", "published"),
     "search_space": ("dse.search.run", "search"),
     "summarise": ("dse.report.summary", "summarise"),
     "write_outputs": ("dse.report.files", "write_outputs"),
@@ -67,19 +76,24 @@ __all__ = [
     "SearchResult",
     "SpaceSpec",
     "Summary",
+    "audit_plan",
     "cluster",
     "clusters",
     "coefficient_set",
+    "compare_methods",
     "compile_space",
     "estimate_batch",
     "estimate_cases",
     "gpu",
     "gpus",
     "load_model_file",
+    "load_plan",
     "load_space",
     "model",
     "models",
+    "parse_plan",
     "parse_space",
+    "published_table",
     "search_space",
     "summarise",
     "write_outputs",

@@ -70,7 +70,7 @@ def search(
         )
     summary = summarise(result)
     written = write_outputs(result, out, summary)
-    Console(width=None if sys.stdout.isatty() else 120).print(render(summary))
+    Console(width=_width()).print(render(summary))
     typer.echo(f"written: {', '.join(str(path) for path in written)}")
     if not len(result.front):
         binding = "; ".join(b.text for b in result.binding) or "no point could be priced"
@@ -92,6 +92,71 @@ def estimate(
     _write_csv(result, out)
     unpriced = int(result["ttft_ms"].isna().sum())
     typer.echo(f"{out}: {len(result)} rows" + (f", {unpriced} without an estimate (see `reason`)" if unpriced else ""))
+
+
+@app.command()
+def check(
+    plan: Annotated[Path, typer.Argument(help="A written plan, a YAML file (see search_spaces/plans/).")],
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="HTML page to write as well.")] = None,
+) -> None:
+    """Audit a written plan: every claim recomputed, and the nearest plan that meets its targets, or why none can."""
+    from rich.console import Console
+
+    from dse.audit.load import load_plan
+    from dse.audit.run import audit
+    from dse.files import atomic_write
+    from dse.report import audit as report
+
+    _compile_cache()
+    result = audit(load_plan(plan))
+    if out is not None:
+        atomic_write(out, report.html(result))
+    if json:
+        typer.echo(report.to_json(result))
+    else:
+        Console(width=_width()).print(report.render(result))
+
+
+@app.command()
+def published(
+    method: Annotated[
+        str, typer.Argument(help="shallowsim-prefill|shallowsim-decode|modelmeter|corrected-roofline|distserve")
+    ],
+    cases: Annotated[Path, typer.Argument(help="CSV with the method's columns.")],
+    out: Out,
+) -> None:
+    """Run a published cost model over a table: its own columns in and out."""
+    from dse.catalog.models import model, to_architecture
+    from dse.published.tables import published as run
+
+    _compile_cache()
+    result = run(method, _read_csv(cases), lambda name: to_architecture(model(name)))
+    _write_csv(result, out, digits=15)  # closed forms are held to nine digits and more
+    noted = int((result["reason"] != "").sum())
+    typer.echo(f"{out}: {len(result)} rows" + (f", {noted} with a `reason`" if noted else ""))
+
+
+@app.command()
+def compare(
+    cases: Annotated[Path, typer.Argument(help="CSV with model, gpu, isl, tp, dp, batch, phase.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for the tables and the page.")] = Path("comparison"),
+    coefficients: CoefficientSet = None,
+) -> None:
+    """Compare the published methods and this project's model on the same cases."""
+    from rich.console import Console
+
+    from dse.audit.compare import compare as run
+    from dse.catalog.coefficients import coefficient_set
+    from dse.files import output_directory
+    from dse.report.compare import render, write_comparison
+
+    _compile_cache()
+    output_directory(out)
+    result = run(_read_csv(cases), coefficient_set(coefficients))
+    written = write_comparison(result, out)
+    Console(width=_width()).print(render(result))
+    typer.echo(f"written: {', '.join(str(path) for path in written)}")
 
 
 @app.command()
@@ -240,10 +305,15 @@ def _read_csv(path: Path) -> pd.DataFrame:
     return table
 
 
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
+def _write_csv(table: pd.DataFrame, path: Path, digits: int = 9) -> None:
     from dse.files import atomic_write
 
-    atomic_write(path, table.to_csv(index=False, float_format="%.9g"))
+    atomic_write(path, table.to_csv(index=False, float_format=f"%.{digits}g"))
+
+
+def _width() -> int | None:
+    """Of the terminal; 120 columns where the output goes elsewhere."""
+    return None if sys.stdout.isatty() else 120
 
 
 def _table(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
