@@ -160,6 +160,53 @@ def compare(
 
 
 @app.command()
+def calibrate(
+    observations: Annotated[list[Path], typer.Argument(help="CSVs of serving measurements.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Coefficient file to write (YAML).")],
+) -> None:
+    """Fit coefficients to serving measurements, by gradients through the whole model."""
+    import pandas as pd
+
+    from dse.calibrate.run import calibrate as run
+    from dse.calibrate.run import to_yaml
+    from dse.files import atomic_write
+
+    _compile_cache()
+    table = pd.concat([_read_csv(path) for path in observations], ignore_index=True)
+    result = run(table, name=out.stem, source=", ".join(path.name for path in observations))
+    atomic_write(out, to_yaml(result.set))
+    about = result.set.about
+    typer.echo(f"{out}: {about['rows']} rows fitted in {result.fitted.seconds:.0f} s, {about['refused']} refused")
+    for metric, error in about["error_in_sample"].items():
+        typer.echo(f"in-sample error of {metric}: mean {error['mean']:.1%}, median {error['median']:.1%}")
+    _refusals(result.refused)
+
+
+@app.command()
+def accuracy(
+    observations: Annotated[list[Path], typer.Argument(help="CSVs of serving measurements.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the folds.")] = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="CSV of every held-out prediction.")] = None,
+) -> None:
+    """Errors on measurements that the fit never saw: series, models and GPUs left out."""
+    import pandas as pd
+
+    from dse.calibrate.run import accuracy as run
+    from dse.calibrate.run import worst
+
+    _compile_cache()
+    table = pd.concat([_read_csv(path) for path in observations], ignore_index=True)
+    result = run(table, seed)
+    _table("errors on rows the fit never saw", _dicts(result.table), False)
+    first = next(iter(result.rows.values()))
+    wrong = worst(first)
+    typer.echo(f"{len(wrong)} of {len(first)} rows of unseen series are off by more than a factor of two in TPOT")
+    _refusals(result.refused)
+    if out is not None:
+        _write_csv(pd.concat([rows.assign(split=name) for name, rows in result.rows.items()]), out)
+
+
+@app.command()
 def models(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the catalogued models."""
     from dse.catalog.models import models as all_models
@@ -303,6 +350,19 @@ def _read_csv(path: Path) -> pd.DataFrame:
     if table.columns.has_duplicates:
         raise InputError(f"{path}: column {table.columns[table.columns.duplicated()][0]!r} stands twice; keep one")
     return table
+
+
+def _dicts(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def _refusals(refused: Any) -> None:
+    """Rows that could not serve the fit, counted by reason: listed, never dropped silently."""
+    reasons: dict[str, int] = {}
+    for refusal in refused:
+        reasons[refusal.reason] = reasons.get(refusal.reason, 0) + 1
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        typer.echo(f"refused {count} rows: {reason}")
 
 
 def _write_csv(table: pd.DataFrame, path: Path, digits: int = 9) -> None:

@@ -54,7 +54,7 @@ def search(
     started = time.perf_counter()
     if sampler == "grid":
         found = _exhaustive(space, c, engine, progress)
-        return finish(space, c, found, "grid", time.perf_counter() - started)
+        return _named(finish(space, c, found, "grid", time.perf_counter() - started), coefficients)
     from dse.search.sample import sample
 
     found = sample(space, c, sampler, trials, seed, progress)
@@ -62,7 +62,13 @@ def search(
     if compare and space.legal <= COMPARABLE and not found.partial and len(result.front):
         whole = recheck(space, c, sweep(space, c).front.indices)
         result = replace(result, hypervolume_ratio=_ratio(result, whole))
-    return result
+    return _named(result, coefficients)
+
+
+def _named(result: SearchResult, coefficients: CoefficientSet | Coefficients | None) -> SearchResult:
+    """The result says by which coefficients it was priced."""
+    name = "given" if isinstance(coefficients, Coefficients) else (coefficients or coefficient_set()).name
+    return replace(result, run={**result.run, "coefficients": name})
 
 
 def of_machines(space: CompiledSpace, coefficients: CoefficientSet | Coefficients | None) -> Coefficients:
