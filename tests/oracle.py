@@ -133,7 +133,7 @@ def rhythm(x: Any, fits: float) -> Any:
     plan, load = x.plan, x.load
     static = load.static_batch is not None and load.static_batch > 0
     asked = max(load.concurrency / plan.attention_dp, 1.0)
-    running = clamp(fits, 1.0, asked)
+    running = asked if fits < 1 else min(fits, asked)
     flights = min(plan.microbatches if plan.microbatches > 0 else plan.pp, running)
     n = running / flights
     others = max(n - 1, 0.0)

@@ -61,7 +61,9 @@ def serve(s: Sharded, load: Load, memory: Memory) -> Served:
     static = 0.0 if load.static_batch is None else load.static_batch
     closed = 1.0 - static
     asked = jnp.maximum(load.concurrency / plan.attention_dp, 1.0)
-    running = jnp.clip(memory.requests, 1.0, asked)
+    # Where not even one request fits, the plan is refused, and priced as if memory sufficed: its engine, if it ran, had
+    # other settings than ours, not a queue of one.
+    running = jnp.where(memory.requests < 1.0, asked, jnp.minimum(memory.requests, asked))
     flights = jnp.minimum(jnp.where(plan.microbatches > 0, plan.microbatches, plan.pp), running)
     n = running / flights
 
