@@ -48,7 +48,14 @@ def keys_kept(core: Any, length: float) -> float:
 
 
 def gemm_seconds(
-    m: float, k: float, n: float, part: tuple[float, float, float], x: Any, copies: float = 1.0, slower: float = 1.0
+    m: float,
+    k: float,
+    n: float,
+    part: tuple[float, float, float],
+    x: Any,
+    copies: float = 1.0,
+    slower: float = 1.0,
+    width: float | None = None,
 ) -> float:
     """m rows in all through `copies` matrices of k x n: max of FLOPs / (peak e_c) and bytes / (bandwidth e_m)."""
     weight_bytes, act_bytes, rate = part
@@ -62,8 +69,8 @@ def gemm_seconds(
     peak = getattr(device, f"peak_{name}") * getattr(c, f"gemm_{name}")
     flops = 2 * m * n * k
     rows = m / copies
-    ideal = flops / (peak * n / (n + c.gemm_n_half))
-    compute = ideal / slower + ideal / (rows / (rows + c.gemm_m_half)) - ideal
+    narrow = n / (n + c.gemm_n_half) if width is None else width / (width + c.expert_half)
+    compute = flops / (peak * slower * narrow * rows / (rows + c.gemm_m_half))
     moved = copies * weight_bytes * k * n + m * (act_bytes * k + 2 * n)
     return larger(compute, moved / (device.bandwidth * c.memory), c.rounding)
 
@@ -194,7 +201,9 @@ def expert_seconds(routed: Any, group: float, sent: float, x: Any) -> tuple[floa
     touched = routed.experts / plan.moe_ep * (1 - (1 - routed.top_k / routed.experts) ** group)
     work = 0.0
     for k, n in expert_slices(routed, x):
-        work += gemm_seconds(copies * uneven, k, n, part(x, "expert"), x, touched, c.grouped_gemm)
+        wide = routed.width / plan.moe_tp
+        work += gemm_seconds(copies * uneven, k, n, part(x, "expert"), x, touched, c.grouped_gemm, wide)
+    work += c.expert_each * routed.experts / plan.moe_ep
     if not tokens_travel(x):
         return work, work / routed.matrices, 0.0, 0.0
     levels = network.shape(x.topology, plan.moe_ep, plan.moe_tp)

@@ -19,6 +19,7 @@ class Coefficients:
     .26-.45; memory .59-.86); [F] FlashAttention-3 (Shah et al. 2024, up to 75% of bf16 peak on H100; 60% at common
     lengths); [N] NCCL 2.30 tuning model (base 6.6/8.4 us; hop 0.6/3.4 us NVLink, 2.7/14 us network for LL/Simple;
     LL has half the bandwidth); [B] busbw 340 of 450 GB/s on an H100 node, 36 of 50 GB/s between nodes;
+    [K] grouped-GEMM tables of TensorRT-LLM on five GPUs (aiconfigurator, 2026: half widths 140-1600, .05-.3 us each);
     [D] DeepSeek-V3 report (20 of 132 SMs for communication) and DeepEP; [E] engine documentation.
     """
 
@@ -29,7 +30,9 @@ class Coefficients:
     gemm_int8: Number = 0.60  # [G], as fp8
     gemm_m_half: Number = 64.0
     gemm_n_half: Number = 128.0
-    grouped_gemm: Number = 0.8  # grouped (expert) GEMM against one GEMM of the same total size
+    grouped_gemm: Number = 1.0  # grouped (expert) GEMMs against one GEMM of the same total size
+    expert_half: Number = 600.0  # width of an expert's slice at half efficiency: TP inside experts is slow [K]
+    expert_each: Number = 0.1 * US  # a layer, for each expert that a rank holds: scheduling of the groups [K]
     memory: Number = 0.80  # [G] weights and activations streamed by GEMMs
     # attention
     core_prefill: Number = 0.60  # [F]

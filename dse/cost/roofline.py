@@ -43,10 +43,20 @@ def rates(device: Device, c: Coefficients) -> list[Number]:
 
 
 def gemm(
-    shape: GemmShape, weight_bytes: Number, act_bytes: Number, rate: Number, device: Device, c: Coefficients
+    shape: GemmShape,
+    weight_bytes: Number,
+    act_bytes: Number,
+    rate: Number,
+    device: Device,
+    c: Coefficients,
+    expert_width: Number | None = None,
 ) -> Roofline:
-    """One GEMM with weights of `weight_bytes` and inputs of `act_bytes` an element, outputs in 16 bits."""
-    width = safe_divide(shape.n, shape.n + c.gemm_n_half, otherwise=1.0)
+    """One GEMM with weights of `weight_bytes` and inputs of `act_bytes` an element, outputs in 16 bits.
+
+    In a grouped GEMM the width of an expert's slice sets the efficiency of both its matrices.
+    """
+    narrow, half = (shape.n, c.gemm_n_half) if expert_width is None else (expert_width, c.expert_half)
+    width = safe_divide(narrow, narrow + half, otherwise=1.0)
     token = safe_divide(2.0 * shape.k * shape.n, pick(rate, rates(device, c)) * width)
     stream = device.bandwidth * c.memory
     return Roofline(

@@ -6,6 +6,8 @@ batch of the same plan costs a few multiply-adds. A sweep computes it once a pla
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 
 from dse.cost import collectives as coll
@@ -84,6 +86,7 @@ class RoutedCost:
     up: Roofline  # a copy; `touched` experts
     down: Roofline
     dense: tuple[Roofline, ...]  # latent projections
+    each: Number  # seconds a layer for the experts that a rank holds
     experts: Number
     top_k: Number
     down_share: Number  # share of the experts' work in the down projection (overlaps with the combine)
@@ -120,10 +123,12 @@ class Sharded:
     c: Coefficients
 
 
-def _roof(shape: GemmShape, part: str, plan: Plan, device: Device, c: Coefficients) -> Roofline:
+def _roof(
+    shape: GemmShape, part: str, plan: Plan, device: Device, c: Coefficients, expert_width: Number | None = None
+) -> Roofline:
     p = plan.precision
     weight, act, rate = (getattr(p, f"{part}_{field}") for field in ("bytes", "act", "rate"))
-    return gemm(shape, weight, act, rate, device, c)
+    return gemm(shape, weight, act, rate, device, c, expert_width)
 
 
 def _present(shapes: list[GemmShape]) -> Number:
@@ -239,8 +244,11 @@ def _routed(
     routed: Routed, hidden: Number, plan: Plan, device: Device, topology: Topology, c: Coefficients
 ) -> RoutedCost:
     up, down = expert_shapes(routed, plan.moe_tp)
-    roofs = [_roof(s, "expert", plan, device, c) for s in (up, down)]
-    slower = [r.__class__(**{**vars(r), "compute_token": r.compute_token / c.grouped_gemm}) for r in roofs]
+    roofs = [_roof(s, "expert", plan, device, c, routed.width / plan.moe_tp) for s in (up, down)]
+    grouped = [
+        replace(r, compute_fixed=r.compute_fixed / c.grouped_gemm, compute_token=r.compute_token / c.grouped_gemm)
+        for r in roofs
+    ]
     ranks = coll.group(topology, plan.moe_ep, plan.moe_tp)
     slices = coll.group(topology, plan.moe_tp, 1.0)
     mode = 0.0 if plan.dispatch is None else plan.dispatch
@@ -250,9 +258,10 @@ def _routed(
         return coll.dispatch(topology, ranks, routed, mode, routed.d_in * element, c)
 
     return RoutedCost(
-        up=slower[0],
-        down=slower[1],
+        up=grouped[0],
+        down=grouped[1],
         dense=tuple(_roof(s, "ffn", plan, device, c) for s in extra_shapes(routed, hidden)),
+        each=jnp.where(routed.top_k > 0, c.expert_each * routed.experts / plan.moe_ep, 0.0),
         experts=routed.experts,
         top_k=routed.top_k,
         down_share=safe_divide(1.0, routed.matrices),

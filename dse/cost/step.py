@@ -161,7 +161,7 @@ def _experts(r: RoutedCost, tokens: _Tokens, s: Sharded) -> tuple[Number, Number
     copies = tokens.group * r.top_k / plan.moe_ep
     touched = experts_touched(r.experts, r.top_k, tokens.group, plan.moe_ep)
     busiest = copies * r.imbalance
-    work = r.up(busiest, touched, c.rounding) + r.down(busiest, touched, c.rounding)
+    work = r.up(busiest, touched, c.rounding) + r.down(busiest, touched, c.rounding) + r.each
     slices = seconds(r.slice_gather, copies * r.slice_bytes) * 0.5
     travel = [r.exchange * (line(tokens.sent * r.imbalance) + slices) for line in (r.dispatch, r.combine)]
     return work, travel[0], travel[1]
