@@ -20,7 +20,6 @@ from dse.cost.types import (
     Core,
     Device,
     FeedForward,
-    Gemm,
     Indexer,
     Mixer,
     Number,
@@ -336,7 +335,6 @@ def sequence_shards(plan: Plan) -> Number:
 
 
 __all__ = [
-    "Gemm",
     "Sharded",
     "dense_shapes",
     "exchanges",
