@@ -138,6 +138,41 @@ def published(
 
 
 @app.command()
+def workloads(
+    out: Annotated[Path, typer.Option("--out", help="Directory for one inference-perf file a run.")] = Path(
+        "workloads"
+    ),
+) -> None:
+    """Write the 99 runs that train and validate the corrected roofline, as inference-perf configurations."""
+    from dse.files import atomic_write_all, output_directory
+    from dse.published.workloads import as_yaml, plan
+
+    runs = plan()
+    output_directory(out)
+    atomic_write_all({out / f"{run.name}.yaml": as_yaml(run) for run in runs})
+    typer.echo(f"{out}: {len(runs)} configurations")
+
+
+@app.command()
+def placement(
+    mean_isl: Annotated[float, typer.Option(min=4, max=2048, help="Mean prompt tokens (lognormal).")],
+    mean_osl: Annotated[float, typer.Option(min=4, max=2048, help="Mean output tokens (lognormal).")],
+    gpus: Annotated[int, typer.Option(min=2, max=64, help="A100-80G GPUs.")] = 4,
+    ttft_ms: Annotated[float, typer.Option(min=1, help="TTFT that 90% of requests must meet.")] = 200.0,
+    tpot_ms: Annotated[float, typer.Option(min=1, help="TPOT that 90% of requests must meet.")] = 100.0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="CSV file to write as well.")] = None,
+) -> None:
+    """Place OPT-13B as DistServe does: every prefill and decode placement with its goodput, best first."""
+    from dse.published.tables import placement_table
+
+    _compile_cache()
+    table = placement_table(mean_isl, mean_osl, gpus, ttft_ms, tpot_ms)
+    if out is not None:
+        _write_csv(table, out)
+    _table("placements by requests/s a GPU", _dicts(table), False)
+
+
+@app.command()
 def compare(
     cases: Annotated[Path, typer.Argument(help="CSV with model, gpu, isl, tp, dp, batch, phase.")],
     out: Annotated[Path, typer.Option("--out", help="Directory for the tables and the page.")] = Path("comparison"),

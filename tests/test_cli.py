@@ -183,3 +183,15 @@ def test_every_public_name_exists():
         assert getattr(dse, name) is not None
     with pytest.raises(AttributeError):
         dse.no_such_name  # noqa: B018
+
+
+def test_workloads_and_placement(monkeypatch, capsys, tmp_path):
+    code, out, _ = run(monkeypatch, capsys, "workloads", "--out", tmp_path / "runs")
+    assert code == 0
+    assert len(list((tmp_path / "runs").glob("*.yaml"))) == 99
+    args = ("placement", "--mean-isl", 900, "--mean-osl", 200, "-o", tmp_path / "places.csv")
+    code, out, _ = run(monkeypatch, capsys, *args)
+    assert code == 0
+    best = pd.read_csv(tmp_path / "places.csv").iloc[0]
+    assert (best.tp_prefill, best.pp_prefill, best.tp_decode, best.pp_decode) == (2, 1, 1, 1)  # as DistServe published
+    assert "req_s_gpu" in out

@@ -41,4 +41,25 @@ def methods() -> tuple[str, ...]:
     return tuple(METHODS)
 
 
-__all__ = ["methods", "published"]
+def placement_table(
+    mean_isl: float, mean_osl: float, gpus: int = 4, ttft_ms: float = 200.0, tpot_ms: float = 100.0
+) -> pd.DataFrame:
+    """DistServe's placements of OPT-13B on up to `gpus` A100, with goodput (requests/s) and L_m, best a GPU first."""
+    from dse.published import placement as pl
+
+    places = pl.placements(gpus)
+    found = pl.goodput(
+        places, pl.sharegpt_like(mean_isl, mean_osl), pl.Target(ttft=ttft_ms * 1e-3, tpot=tpot_ms * 1e-3)
+    )
+    names = ("pp_across", "tp_prefill", "pp_prefill", "tp_decode", "pp_decode")
+    table = pd.DataFrame({name: np.asarray(getattr(places, name)).astype(int) for name in names})
+    table = table.assign(
+        gpus=np.asarray(places.gpus).astype(int),
+        req_s_gpu=np.asarray(found.per_gpu, float).round(3),
+        req_s=np.asarray(found.rate, float).round(3),
+        l_m=np.asarray(found.l_m, float).round(),
+    )
+    return table.sort_values(["req_s_gpu", "gpus"], ascending=[False, True], ignore_index=True)
+
+
+__all__ = ["methods", "placement_table", "published"]
