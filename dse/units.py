@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-KIB = 1024.0
 MIB = 1024.0**2
 GIB = 1024.0**3
 GB = 1e9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
@@ -108,7 +107,3 @@ def series(frame: pd.DataFrame, columns: Sequence[str] = SERIES) -> Array:
     """A number for each group of rows that must share a fold."""
     known = [name for name in columns if name in frame]
     return np.asarray(frame[known].astype(str).agg("|".join, axis=1).factorize()[0])
-
-
-def take(tree: Any, rows: Array) -> Any:
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], tree)

@@ -42,10 +42,8 @@ def recheck(space: CompiledSpace, coefficients: Coefficients, flat: np.ndarray) 
         bounds = goals(space, np.float64).bounds
         kernel = compiled_points(asked)
         parts = []
-        for start in range(0, max(len(rows), 1), BLOCK):
-            chosen = np.resize(np.arange(start, min(start + BLOCK, len(rows))) if len(rows) else [0], BLOCK)
-            if not len(rows):
-                break
+        for start in range(0, len(rows), BLOCK):
+            chosen = np.resize(np.arange(start, min(start + BLOCK, len(rows))), BLOCK)
             part = kernel(table, rows[chosen].astype(np.int32), points[chosen].astype(np.int32), bounds)
             count = min(BLOCK, len(rows) - start)
             parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], part))

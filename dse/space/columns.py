@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,5 @@ def mean_over_mix(estimate: Estimate, weights: Array) -> Estimate:
     def at_worst(leaf: Any) -> Array:
         return np.asarray(leaf)[rows, worst]
 
-    averaged: Callable[[Any], Any] = lambda tree: jax.tree.map(mean, tree)  # noqa: E731
-    result = averaged(estimate)
-    return type(estimate)(**{**vars(result), "memory": jax.tree.map(at_worst, estimate.memory)})
+    means = jax.tree.map(mean, estimate)
+    return replace(means, memory=jax.tree.map(at_worst, estimate.memory))
