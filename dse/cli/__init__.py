@@ -1,0 +1,26 @@
+"""The command line: the only place that prints, exits and reads argv. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from dse.cli import calibrate, catalogue, plans, published
+from dse.cli.console import app
+from dse.errors import DseError, NothingFeasible
+
+BAD_INPUT, NOTHING_FEASIBLE = 2, 3
+COMMANDS = (plans, published, calibrate, catalogue)  # importing them registered their commands
+
+
+def main() -> None:
+    """Run a command; a known error is one message on standard error and an exit code, never a traceback."""
+    try:
+        app()
+    except NothingFeasible as error:
+        typer.echo(f"dse: {error}", err=True)
+        sys.exit(NOTHING_FEASIBLE)
+    except DseError as error:
+        typer.echo(f"dse: {error}", err=True)
+        sys.exit(BAD_INPUT)
