@@ -9,6 +9,7 @@ GIB = 1024.0**3
 GB = 1e9
 TB = 1e12
 TERA = 1e12
+GIGA = 1e9
 MS = 1e-3
 US = 1e-6
 HOUR = 3600.0

@@ -7,6 +7,7 @@ engine step, `oracle_network` the collectives.
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,9 @@ from oracle_step import (
     step,
     tokens_travel,
 )
+
+LINE = 0.15  # unevenness of arrivals
+BESIDE = 2.0  # prompts of others beside an own one, over the mean
 
 
 def names(tree: Any) -> Any:
@@ -128,6 +132,35 @@ def clamp(value: float, low: float, high: float) -> float:
     return max(low, min(value, high))
 
 
+def larger_root(x: float, q: float) -> float:
+    """The L >= max(x, 0) with L (L - x) = q, by bisection."""
+    low = max(x, 0.0)
+    high = low + math.sqrt(q)
+    for _ in range(400):
+        middle = (low + high) / 2
+        low, high = (low, middle) if middle * (middle - x) > q else (middle, high)
+    return (low + high) / 2
+
+
+def busy_ranks(ranks: int, chance: float) -> tuple[float, float]:
+    """Ranks, each with prompts by this chance: the chance that any has, and how many have on average where any has."""
+    chances = [math.comb(ranks, k) * chance**k * (1 - chance) ** (ranks - k) for k in range(ranks + 1)]
+    some = sum(chances[1:])
+    return some, sum(k * p for k, p in enumerate(chances)) / some if some > 0 else 1.0
+
+
+def at_least_one(mean: float) -> float:
+    """Mean of a Poisson count that is known not to be nought."""
+    if mean > 30:
+        return mean
+    term, total, weighted = 1.0, 0.0, 0.0  # P(k) over P(0)
+    for k in range(1, 200):
+        term *= mean / k
+        total += term
+        weighted += k * term
+    return weighted / total if total > 0 else 1.0
+
+
 def rhythm(x: Any, fits: float) -> Any:
     """Steps a request needs, and the prompt tokens that the others bring to each step of one micro-batch."""
     plan, load = x.plan, x.load
@@ -139,8 +172,16 @@ def rhythm(x: Any, fits: float) -> Any:
     others = max(n - 1, 0.0)
     prompt = max(load.isl * (1 - load.prefix_hit), 1.0)
     pieces = prompt / load.chunk if prompt > load.chunk else 1.0
+    verified = 1 + (load.draft_tokens or 0.0)
     accepted = tokens_a_step(load.draft_tokens or 0.0, load.acceptance)
     answer = max(load.osl - 1, 1e-3) / accepted  # decode steps of a request
+    deciding = 1.0 if static else answer / (answer + pieces)  # part of a request's steps in which it decodes
+    # A prompt token a step brings 1/prompt requests a step, which then decode in `answer` steps each: what a step's
+    # chunk holds where prompts never end.
+    saturated = load.chunk * prompt / (prompt + verified * answer)
+    budget = max(load.chunk - n * deciding * verified, saturated)
+    waves = load.waves * asked / running
+    seen, alive = (0.0, 1.0) if static else ((waves - 0.5) / waves, 1 - 1 / (6 * waves))
     return SimpleNamespace(
         static=static,
         asked=asked,
@@ -151,9 +192,15 @@ def rhythm(x: Any, fits: float) -> Any:
         prompt=prompt,
         pieces=pieces,
         piece=prompt / pieces,
+        verified=verified,
         accepted=accepted,
         answer=answer,
-        arriving=0.0 if static else others * prompt / (answer + pieces),
+        deciding=deciding,
+        budget=budget,
+        waves=waves,
+        alive=alive,
+        met=seen * others,  # others whose prompts a request meets
+        arriving=seen * others * prompt / (answer + pieces),
     )
 
 
@@ -163,27 +210,31 @@ def serve(x: Any, fits: float) -> dict[str, Any]:
     loop = rhythm(x, fits)
     static, asked, running, flights, n = loop.static, loop.asked, loop.running, loop.flights, loop.n
     others, prompt, pieces, piece = loop.others, loop.prompt, loop.pieces, loop.piece
-    accepted, answer, arriving = loop.accepted, loop.answer, loop.arriving
-    drafted, start = load.draft_tokens or 0.0, load.isl - prompt
-    mix = clamp(arriving, piece, load.chunk)
-    busy = min(arriving / mix, 1.0)
+    accepted, answer, arriving, budget = loop.accepted, loop.answer, loop.arriving, loop.budget
+    drafted, start, ranks = load.draft_tokens or 0.0, load.isl - prompt, round(plan.attention_dp)
+    priority = c.prefill_priority or 0.0
+
+    mix = clamp(arriving, min(piece, budget), budget)
+    busy = arriving / mix if arriving < mix else 1.0
     if static:
-        held, beside = n, min(n, others)
-    elif arriving > load.chunk:
-        held = answer * mix / prompt + answer / (answer + pieces)
-        beside = min(held, others * answer / (answer + pieces))
+        held = n
+        beside = min(n, others)
     else:
-        held, beside = n * answer / (answer + pieces), others * answer / (answer + pieces)
+        shared = min(loop.alive * n * loop.deciding, answer * budget / prompt + loop.deciding)
+        held = (1 - priority) * shared + priority * loop.alive * n
+        beside = min(held, others * loop.deciding)
     wave = clamp(running * prompt, piece, load.chunk)
 
     def decoding(requests: float) -> Any:
-        return segment(requests, 1 + drafted, load.isl, load.osl, prefill=False)
+        return segment(requests, loop.verified, load.isl, load.osl, prefill=False)
 
     def prompts(tokens: float) -> Any:
         return segment(tokens / piece, piece, start, prompt, prefill=True)
 
+    some, many = busy_ranks(ranks, busy)
+    elsewhere = beside * loop.verified + (mix * (many - 1) / (ranks - 1) if ranks > 1 else 0.0)
     decode = step([decoding(held)], plan.overlap_decode, x)
-    mixed = step([prompts(mix), decoding(beside)], plan.overlap_prefill, x)
+    mixed = step([prompts(mix), decoding(beside)], plan.overlap_prefill, x, others=elsewhere)
     prefill = step([prompts(wave)], plan.overlap_prefill, x)
     boundary = network.shape(x.topology, pp, plan.tp * plan.attention_dp * plan.cp)
 
@@ -197,26 +248,46 @@ def serve(x: Any, fits: float) -> dict[str, Any]:
     def through(t: dict[str, float], steps: float) -> float:
         return steps * t["total"] + (pp - 1) * (t["body"] + hop(t))
 
-    tpot = ((1 - busy) * period(decode) + busy * period(mixed)) / accepted
-    own, alone = through(mixed, pieces), through(prefill, pieces)
-    if static:
-        served = through(prefill, max(running * prompt / wave, 1.0))
-    else:
-        load_factor = arriving / load.chunk
-        line = others / 2
-        if load_factor < 1:
-            line = min(line, load_factor / (2 * (1 - load_factor)))
-        backlog = max(n - held - mix / piece, 0.0) * prompt / mix
-        waiting = max(line * pieces, backlog) * mixed["total"] + (decode["total"] / 2 if others > 0 else 0.0)
-        burst = through(prefill, max((running + 1) / 2 * prompt / wave, 1.0))
-        first = min(c.first_wave / load.waves, 1.0)
-        served = first * burst + (1 - first) * (own + waiting)
-        alone = first * alone + (1 - first) * own
-    admission = (asked - running) / running * (served + max(load.osl - 1, 0.0) * tpot)
+    # Steps of the shared policy, and what a token beyond those they are priced for costs
+    t_decode, t_mixed, token = period(decode), period(mixed), prefill["total"] / wave
+    apart = (1 - some) * t_decode + some * t_mixed
+    wide = min(budget, min(piece, budget) + BESIDE * arriving)
+    steps = max(pieces, prompt / wide)
+    own = through(mixed, steps) + (steps * (wide - mix) * token if wide > mix else 0.0)
+    each = prompt / budget
+    line = larger_root(others * each - answer - pieces, LINE * others * each**2)
+    late = apart / 2 * min(others, 1.0)  # into the middle of the step that follows an answer's last
+    shared = own + line * (t_mixed + (budget - mix) * token) + late
+    cohort = through(prefill, pieces)
+    shared = shared if shared > cohort else c.cohort * cohort + (1 - c.cohort) * shared
+
+    # All prompts at once, one behind the other: half way between the first and the last of them (static: the last)
+    last = running * prompt / wave
+    burst = through(prefill, max(1.0, last if static else (max(prompt / wave, 1.0) + last) / 2))
+
+    # Prompts first
+    arrivals = loop.met / answer  # prompts of others in a decode step
+    together = clamp(at_least_one(arrivals) * prompt, piece, load.chunk)
+    alone = step([prompts(together)], plan.overlap_prefill, x)
+    stall = arrivals * prompt / together * period(alone)
+    paused = t_decode + (1 - c.cohort / 2) * stall
+    company = prompt * (1 + 2 * arrivals)
+    width = clamp(company, piece, load.chunk)
+    count = max(pieces, (1 + company / width) / 2)
+    ahead = late + through(alone, count) + count * (width - together) * token
+    ahead = (1 - c.cohort) * ahead + c.cohort * burst
+
+    tpot = ((1 - priority) * apart + priority * paused) / accepted
+    first = 1.0 if static else min(c.first_wave / loop.waves, 1.0)
+    served = first * burst + (1 - first) * ((1 - priority) * shared + priority * ahead)
+    least = first * cohort + (1 - first) * own
+    outside = asked - running
+    outside *= 1 - outside / (asked * load.waves) / 2  # they have gone in at the end of the run
+    admission = outside / running * (served + max(load.osl - 1, 0.0) * tpot)
     return {
         "ttft": c.arrival_overhead + served + admission,
         "tpot": tpot,
-        "queue": max(served - alone, 0.0) + admission,
+        "queue": max(served - least, 0.0) + admission,
         "running": running,
         "decode": decode,
         "mixed": mixed,

@@ -47,32 +47,52 @@ def keys_kept(core: Any, length: float) -> float:
     return min(length, core.window) + core.ratio * length
 
 
-def gemm_seconds(
-    m: float,
-    k: float,
-    n: float,
-    part: tuple[float, float, float],
-    x: Any,
-    copies: float = 1.0,
-    slower: float = 1.0,
-    width: float | None = None,
-) -> float:
-    """m rows in all through `copies` matrices of k x n: max of FLOPs / (peak e_c) and bytes / (bandwidth e_m)."""
-    weight_bytes, act_bytes, rate = part
+def rate_of(code: float, x: Any) -> float:
+    """FLOP/s of a large GEMM: the more a chip promises for each watt it may draw, the less of it is sustained."""
     c, device = x.coefficients, x.device
-    if k * n == 0:
-        read = weight_bytes * k * n * copies + (act_bytes * k + 2 * n) * m
-        return read / (device.bandwidth * c.memory)
-    name = RATES[int(rate)]
-    if getattr(device, f"peak_{name}") * getattr(c, f"gemm_{name}") == 0:
-        name = "bf16"
-    peak = getattr(device, f"peak_{name}") * getattr(c, f"gemm_{name}")
-    flops = 2 * m * n * k
-    rows = m / copies
-    narrow = n / (n + c.gemm_n_half) if width is None else width / (width + c.expert_half)
-    compute = flops / (peak * slower * narrow * rows / (rows + c.gemm_m_half))
-    moved = copies * weight_bytes * k * n + m * (act_bytes * k + 2 * n)
-    return larger(compute, moved / (device.bandwidth * c.memory), c.rounding)
+    for name in (RATES[int(code)], "bf16"):
+        peak = getattr(device, f"peak_{name}")
+        if peak * getattr(c, f"gemm_{name}") > 0:
+            break
+    promised = peak / device.power  # FLOP/s a watt; half of the peak remains where this is flops_per_joule
+    return getattr(c, f"gemm_{name}") * peak / (1 + promised / c.flops_per_joule)
+
+
+def gemm_seconds(m: float, k: float, n: float, part: tuple[float, float, float], x: Any) -> float:
+    """m rows through a k x n matrix: the longer of computing and streaming, one block's walk, quantising the inputs."""
+    weight_bytes, act_bytes, code = part
+    c, device = x.coefficients, x.device
+    if k == 0 and n == 0:
+        return 0.0
+    rate = rate_of(code, x)
+    filling = c.gemm_k_half * rate / rate_of(0, x)  # a fixed time, so more elements where elements are faster
+    compute = 2 * (m + c.gemm_m_half) * n * (k + filling) / rate
+    moved = weight_bytes * k * n + m * (act_bytes * k + 2 * n)
+    walk = c.gemm_walk / (1 / k + 1 / c.gemm_split)
+    quantised = c.quantise_passes * m * k * (2 + act_bytes) / device.bandwidth if act_bytes < 2 else 0.0
+    return larger(compute, moved / (device.bandwidth * c.memory), c.rounding) + walk + quantised
+
+
+def grouped_seconds(copies: float, touched: float, routed: Any, x: Any) -> float:
+    """The routed experts of a layer: `copies` rows of tokens spread evenly over the experts touched."""
+    c, device, p = x.coefficients, x.device, x.plan.precision
+    width = routed.width / x.plan.moe_tp
+    precision = RATES[int(p.expert_rate)]
+    # the unit multiplies whole tiles: int8's are those of fp8
+    suffix = {"bf16": "", "fp8": "_fp8", "fp4": "_fp4", "int8": "_fp8"}[precision]
+    narrow, each = getattr(c, f"expert_half{suffix}"), getattr(c, f"expert_each{suffix}")
+    rows = copies / touched
+    padded = rows
+    if c.expert_m_half > 0:  # a partial tile wastes m_half rows, but no more than m_most times the expert's own
+        padded += 1 / (1 / c.expert_m_half + 1 / (c.expert_m_most * rows))
+    elements = routed.matrices * routed.d_in  # a unit of width
+    compute = touched * padded * 2 * elements * (width + narrow) / (rate_of(p.expert_rate, x) * c.grouped_gemm)
+    read = touched * elements * width * p.expert_bytes / (device.bandwidth * c.expert_memory)
+    walk = c.expert_walk * (routed.d_in + width)
+    longest = larger(larger(compute, read, c.expert_corner), walk, c.expert_corner)
+    # in 16 bits: a copy's input and output in d_in, and what lies between its matrices
+    permuted = copies * 2 * (2 * routed.d_in + routed.matrices * width)
+    return longest + each * routed.experts / x.plan.moe_ep + c.permute_passes * permuted / device.bandwidth
 
 
 def gemm_slice(gemm: Any, plan: Any, kv_heads: float) -> tuple[float, float]:
@@ -138,7 +158,7 @@ def attention_seconds(mixer: Any, segments: list[Any], rank_tokens: float, x: An
                 flops = 2 * heads * dims * (seg.tokens / plan.cp) * keys
                 cached = ((seg.start) + (seg.start + seg.span - seg.tokens)) / 2  # before the first, the last piece
                 compute = flops / (device.peak_bf16 * c.core_prefill)
-                compute += 2 * core.rematerialise / plan.tp * cached / plan.cp / (device.peak_bf16 * c.gemm_bf16)
+                compute += 2 * core.rematerialise / plan.tp * cached / plan.cp / rate_of(0, x)
                 moved = read + 2 * heads * dims * seg.tokens / plan.cp
             else:
                 dims = core.score_dim_decode + core.value_dim_decode
@@ -194,16 +214,12 @@ def sequence_seconds(core: Any, segments: list[Any], attention: float, x: Any) -
 
 
 def expert_seconds(routed: Any, group: float, sent: float, x: Any) -> tuple[float, float, float, float]:
-    """Expert GEMMs, latent GEMMs apart; dispatch; combine: of one layer. The busiest rank decides."""
+    """Experts, latent GEMMs apart; dispatch; combine: of one layer. The busiest rank decides."""
     plan, c = x.plan, x.coefficients
     uneven = 1 + (c.imbalance - 1) * (1 - 1 / plan.moe_ep)
     copies = group * routed.top_k / plan.moe_ep
     touched = routed.experts / plan.moe_ep * (1 - (1 - routed.top_k / routed.experts) ** group)
-    work = 0.0
-    for k, n in expert_slices(routed, x):
-        wide = routed.width / plan.moe_tp
-        work += gemm_seconds(copies * uneven, k, n, part(x, "expert"), x, touched, c.grouped_gemm, wide)
-    work += c.expert_each * routed.experts / plan.moe_ep
+    work = grouped_seconds(copies * uneven, touched, routed, x)
     if not tokens_travel(x):
         return work, work / routed.matrices, 0.0, 0.0
     levels = network.shape(x.topology, plan.moe_ep, plan.moe_tp)
@@ -213,9 +229,16 @@ def expert_seconds(routed: Any, group: float, sent: float, x: Any) -> tuple[floa
     spread = network.all_gather(slices, received, c) / 2
     mode = 0 if plan.dispatch is None else int(plan.dispatch)
     trips = []
-    for element in (p.dispatch_bytes, p.combine_bytes):
-        trips.append(network.dispatch(levels, sent * uneven, routed, mode, routed.d_in * element, c) + spread)
+    for element, back in ((p.dispatch_bytes, False), (p.combine_bytes, True)):
+        trip = network.exchange(levels, sent * uneven, routed, mode, routed.d_in * element, back, c)
+        trips.append(trip + spread)
     return work, work / routed.matrices, trips[0], trips[1]
+
+
+def launches(matrices: list[tuple[float, float]], act_bytes: float, c: Any) -> float:
+    """Kernels of these matrices; each also quantises its inputs where they are in fewer than 16 bits."""
+    each = 1 + c.quantise_kernels if act_bytes < 2 else 1
+    return sum(each for k, n in matrices if k * n > 0)
 
 
 def arrange(rule: str, t: dict[str, float], c: Any) -> float:
@@ -244,8 +267,8 @@ def stage_share(x: Any) -> float:
     return math.ceil(layers / x.plan.pp) / layers
 
 
-def step(segments: list[Any], rule_index: float, x: Any) -> dict[str, float]:
-    """One engine step of one stage, with its breakdown."""
+def step(segments: list[Any], rule_index: float, x: Any, others: float | None = None) -> dict[str, float]:
+    """One engine step of one stage, with its breakdown. `others`: tokens on each other attention-DP rank, if not ours."""
     arch, plan, c, device = x.architecture, x.plan, x.coefficients, x.device
     rule = OVERLAPS[int(rule_index)]
     parts = 2 if rule == "two_batch" else 1
@@ -254,7 +277,8 @@ def step(segments: list[Any], rule_index: float, x: Any) -> dict[str, float]:
     prefill = sum(s.requests * s.tokens for s in segments if s.prefill)
     decode = sum(s.requests * s.tokens for s in segments if not s.prefill)
     rank = prefill / plan.cp + decode
-    group = (prefill + decode) * plan.attention_dp
+    everywhere = (prefill + decode) if others is None else others / parts
+    group = prefill + decode + (plan.attention_dp - 1) * everywhere
     sent = (prefill / plan.cp + decode / plan.cp) / plan.tp
     rows = decode + sum(s.requests * min(1.0, s.tokens / s.span) for s in segments if s.prefill)
     launch = c.kernel_prefill if any(s.prefill for s in segments) else c.kernel_decode
@@ -272,7 +296,7 @@ def step(segments: list[Any], rule_index: float, x: Any) -> dict[str, float]:
     for m in arch.mixers:
         count = m.count * stage_share(x)
         gemms = [gemm_slice(g, plan, kv_heads_of(m)) for g in m.gemms]
-        kernels = sum(1 for k, n in gemms if k * n > 0) + c.elementwise_kernels
+        kernels = launches(gemms, plan.precision.mixer_act, c) + c.elementwise_kernels
         kernels += 1 if has_core(m) else 0
         kernels += 2 if m.indexer is not None and m.indexer.heads > 0 else 0
         kernels += 2 if m.state is not None and m.state.state_bytes > 0 else 0
@@ -287,10 +311,11 @@ def step(segments: list[Any], rule_index: float, x: Any) -> dict[str, float]:
     for f in arch.ffns:
         count = f.count * stage_share(x)
         shapes = dense_slices(f, x)
-        kernels, experts, down, dispatch, combine = float(len(shapes)), 0.0, 0.0, 0.0, 0.0
+        kernels = launches(shapes, plan.precision.ffn_act, c)
+        experts, down, dispatch, combine = 0.0, 0.0, 0.0, 0.0
         if has_experts(f):
             latent = latent_slices(f.routed, x)
-            kernels += 5 + len(latent)
+            kernels += 5 + launches(latent, plan.precision.ffn_act, c)
             experts, down, dispatch, combine = expert_seconds(f.routed, group, sent, x)
             experts += sum(gemm_seconds(rank, k, n, part(x, "ffn"), x) for k, n in latent)
         dense = sum(gemm_seconds(rank, k, n, part(x, "ffn"), x) for k, n in shapes) + kernels * launch

@@ -30,6 +30,7 @@ from dse.cost.types import (
     Routed,
     State,
     Topology,
+    replace,
 )
 from dse.units import BYTES_PER_ELEMENT, GIB, PRECISIONS, RATE_OF_PRECISION, RATES
 
@@ -215,7 +216,8 @@ def random_topology(rng: Rng, gpus: float) -> Topology:
         size = float(sizes[i] or max(1, np.ceil(gpus / np.prod(sizes[:i] or [1]))))
         link = log_uniform(rng, 3e10, 9e11) / 6.0**i
         over = float(one_of(rng, 1, 1, 2))
-        levels.append(Level(size=size, bandwidth=link, latency=log_uniform(rng, 1e-6, 1e-5), oversubscription=over))
+        hop, rails = log_uniform(rng, 1e-6, 1e-5), float(one_of(rng, 0, 1))
+        levels.append(Level(size=size, bandwidth=link, latency=hop, oversubscription=over, rails=rails))
     return Topology(levels=tuple(levels), multicast=float(one_of(rng, 0, 1)))
 
 
@@ -275,7 +277,7 @@ def random_load(rng: Rng) -> Load:
 
 
 def random_coefficients(rng: Rng) -> Coefficients:
-    """The defaults, each shaken by up to 20%."""
+    """The defaults, each shaken by up to 20%. What is None by default stays so: see `with_priorities`."""
     values = {}
     for field in fields(Coefficients):
         default = field.default
@@ -299,6 +301,15 @@ def random_scenario(rng: Rng) -> Scenario:
 def random_scenarios(n: int, seed: int = 0) -> list[Scenario]:
     rng = np.random.default_rng(seed)
     return [random_scenario(rng) for _ in range(n)]
+
+
+def with_priorities(scenarios: list[Scenario], seed: int = 0) -> list[Scenario]:
+    """The same of engines that give prompts steps of their own: never, always or at times. A program of its own."""
+    rng = np.random.default_rng(seed)
+    return [
+        replace(x, coefficients=replace(x.coefficients, prefill_priority=float(one_of(rng, 0, 1, rng.uniform(0, 1)))))
+        for x in scenarios
+    ]
 
 
 # --------------------------------------------------------------------------------------------- as dicts

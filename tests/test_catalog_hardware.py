@@ -76,6 +76,26 @@ def test_sparse_figures_that_were_halved_are_halved(entry: GpuEntry) -> None:
             assert number.value == pytest.approx(value, rel=0.01), path
 
 
+@pytest.mark.parametrize("entry", GPUS, ids=lambda e: e.name)
+def test_the_peak_is_units_by_clock_by_a_power_of_two(entry: GpuEntry) -> None:
+    """SMs (CUs, MXUs) and the clock belong to one another: their matrix units do 2^n FLOP a cycle."""
+    assert entry.sms is not None
+    assert entry.clock_ghz is not None
+    assert entry.l2_mib is not None
+    device = hardware.to_device(entry)
+    if entry.name in ("h20", "h20-3e"):
+        return  # cut by other means than its clock
+    bits = np.log2(device.peak_bf16 / device.sms / device.clock)
+    assert bits == pytest.approx(round(bits), abs=0.02)
+    assert 2 ** round(bits) >= 1024
+
+
+def test_an_own_gpu_may_leave_out_its_streaming_multiprocessors() -> None:
+    entry = hardware.gpu("b200").model_copy(update={"sms": None, "clock_ghz": None, "l2_mib": None})
+    device = hardware.to_device(entry)
+    assert (device.sms, device.clock, device.l2) == (132.0, 1.83e9, 50e6)
+
+
 # --------------------------------------------------------------------------------------------------- names
 
 

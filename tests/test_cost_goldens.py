@@ -156,8 +156,7 @@ def test_worked_figures(
     if experts:
         routed = s.ffns[0].routed
         touched = min(8.0, 2.0 * seg.requests)  # as the figures count: no two tokens share an expert until all are read
-        matrices = routed.up.memory_fixed + routed.down.memory_fixed
-        assert float(s.ffns[0].count * touched * matrices) / US == pytest.approx(experts, **near)
+        assert float(s.ffns[0].count * touched * routed.work.weights) / US == pytest.approx(experts, **near)
 
 
 def test_uniform_routing_touches_two_experts_at_one_token_and_nearly_all_at_32() -> None:
@@ -241,7 +240,7 @@ def test_sparse_and_compressed_cores_read_the_top_k() -> None:
 NODE = Level(size=8.0, bandwidth=450e9, latency=2e-6)
 RACK = Level(size=4.0, bandwidth=50e9, latency=6e-6)
 HALL = Level(size=16.0, bandwidth=25e9, latency=20e-6)
-BARE = replace(Coefficients.ideal(), hop_ll=1.0, hop_simple=1.0)
+BARE = replace(Coefficients.ideal(), hop_ll=1.0, hop_tree=1.0, hop_ll128=1.0, hop_simple=1.0)
 SIZE = 3e8
 
 
@@ -253,11 +252,12 @@ def lines(collective: Any, levels: tuple[Level, ...], n: float, stride: float = 
 
 def test_flat_collectives() -> None:
     n, alpha, beta = 8.0, NODE.latency, 1 / NODE.bandwidth
-    ring, doubling, one_shot, _ = lines(coll.all_reduce, (NODE,), n)
-    assert ring == pytest.approx(2 * (n - 1) * alpha + 2 * (n - 1) / n * SIZE * beta)
+    ring, ring128, doubling, _, one_shot = lines(coll.all_reduce, (NODE,), n)
+    assert ring == ring128 == pytest.approx(2 * (n - 1) * alpha + 2 * (n - 1) / n * SIZE * beta)
     assert doubling == pytest.approx(2 * 3 * alpha + 2 * (n - 1) / n * SIZE * beta)
     assert one_shot == pytest.approx(2 * alpha + (n - 1) * SIZE * beta)
-    assert lines(coll.all_gather, (NODE,), n) == pytest.approx([ring / 2, doubling / 2])
+    assert lines(coll.nccl_all_reduce, (NODE,), n) == lines(coll.all_reduce, (NODE,), n)[:-1]
+    assert lines(coll.all_gather, (NODE,), n) == pytest.approx([ring / 2, ring128 / 2, doubling / 2])
     multicast = lines(coll.all_reduce, (NODE,), n, multicast=1.0)[3]
     assert multicast == pytest.approx(SIZE * (1 + 1 / n) * beta)
     flat, pairwise, bruck = lines(coll.all_to_all, (NODE,), n)
@@ -279,6 +279,26 @@ def test_two_levels() -> None:
     hierarchical = (nodes - 1) * a2 + SIZE * (nodes - 1) / nodes * b2 + (g - 1) * a1 + SIZE * (g - 1) / g * b1
     assert pairwise == pytest.approx(hierarchical)
     assert lines(coll.point_to_point, (NODE, RACK), n) == pytest.approx(a1 + a2 + SIZE * b2)
+
+
+def test_low_latency_protocols_take_the_shorter_way_at_each_level() -> None:
+    """A step of doubling of 2.5 hops: the ring up to 4 ranks (3 hops against 5), doubling from 8 on (7 against 7.5 is
+    still the ring; 15 against 10 is not)."""
+    c = replace(BARE, hop_tree=2.5)
+    for n, hops in ((2.0, 1.0), (4.0, 3.0), (8.0, 7.0), (16.0, 10.0)):
+        topology = Topology(levels=(replace(NODE, size=n),))
+        line = coll.all_gather(topology, coll.group(topology, n, 1.0), c)[2]
+        assert float(line.fixed) == pytest.approx(hops * NODE.latency)
+
+
+def test_without_rails_a_ring_leaves_a_unit_through_one_flow() -> None:
+    """g = 8 ranks a node, 4 nodes: S (N-1)/N beta_2 through one flow, an eighth of that with a rail a rank."""
+    shared = (NODE, replace(RACK, rails=0.0))
+    extra = 3 / 4 * SIZE / RACK.bandwidth * (1 - 1 / 8)
+    assert lines(coll.all_gather, shared, 32.0)[0] - lines(coll.all_gather, (NODE, RACK), 32.0)[0] == pytest.approx(
+        extra
+    )
+    assert lines(coll.all_to_all, shared, 32.0) == lines(coll.all_to_all, (NODE, RACK), 32.0)
 
 
 def test_three_levels() -> None:
@@ -312,7 +332,7 @@ def test_oversubscription_divides_a_levels_bandwidth() -> None:
 def test_dispatch_volumes(name: str) -> None:
     """Seconds of the network level alone: the first level is made endless."""
     g, nodes, n, k, limit = 8.0, 4.0, 32.0, 8.0, 2.0
-    topology = Topology(levels=(replace(NODE, bandwidth=1e40), RACK))
+    topology = Topology(levels=(replace(NODE, bandwidth=1e40, latency=0.0), replace(RACK, latency=0.0)))
     routed = Routed(experts=256.0, top_k=k, d_in=7168.0, width=2048.0, matrices=3.0, group_limit=limit)
     line = coll.dispatch(topology, coll.group(topology, n, 1.0), routed, float(DISPATCHES.index(name)), 1.0, BARE)
     volumes = SimpleNamespace(
@@ -322,12 +342,12 @@ def test_dispatch_volumes(name: str) -> None:
         node_limited=limit * (1 - (1 - 1 / limit) ** k) * (nodes - 1) / nodes,
     )
     volumes.auto = min(vars(volumes).values())
-    assert float(line.per_byte) * RACK.bandwidth == pytest.approx(getattr(volumes, name))
+    assert float(line(1.0)) * RACK.bandwidth == pytest.approx(getattr(volumes, name))
 
 
 def test_rank_dedup_on_one_level_is_the_references_volume() -> None:
     n, k = 16.0, 8.0
-    topology = Topology(levels=(replace(NODE, size=n),))
+    topology = Topology(levels=(replace(NODE, size=n, latency=0.0),))
     routed = Routed(experts=256.0, top_k=k, d_in=7168.0, width=2048.0, matrices=3.0)
     line = coll.dispatch(topology, coll.group(topology, n, 1.0), routed, 2.0, 1.0, BARE)
-    assert float(line.per_byte) * NODE.bandwidth == pytest.approx((n - 1) * (1 - (1 - 1 / n) ** k))
+    assert float(line(1.0)) * NODE.bandwidth == pytest.approx((n - 1) * (1 - (1 - 1 / n) ** k))

@@ -17,6 +17,7 @@ from scenarios import (
     ABSENT_STATE,
     as_dict,
     random_scenarios,
+    with_priorities,
 )
 
 from dse.cost.evaluate import Scenario, estimate_one
@@ -67,6 +68,13 @@ def test_agrees_in_double(double: Columns, expected: Columns) -> None:
     assert_close(double, expected, 1e-10)
 
 
+def test_prompts_that_go_first_agree(random_batch: list[Scenario]) -> None:
+    """Prompts in steps of their own never, always or at times: one more step in the program."""
+    first = with_priorities(random_batch)
+    assert {x.coefficients.prefill_priority for x in first} > {0.0, 1.0}
+    assert_close(columns(in_double(first)), expect(first), 1e-10)
+
+
 def test_agrees_in_single(single: Columns, expected: Columns, random_batch: list[Scenario]) -> None:
     """1e-5, but where the inputs themselves say less: requests that fit (or do not) as a small difference of large
     sizes, `usable - weights - ...` over one request's KV, and a prefill slot that is all but saturated, 1 / (1 - rho).
@@ -75,7 +83,7 @@ def test_agrees_in_single(single: Columns, expected: Columns, random_batch: list
     assert single["ttft"].dtype == np.float32
     loops = [rhythm(names(as_dict(x)), fits) for x, fits in zip(random_batch, expected["memory.requests"])]
     asked = np.array([loop.asked for loop in loops])
-    slack = np.array([1.0 - loop.arriving / x.load.chunk for loop, x in zip(loops, random_batch)])
+    slack = np.array([1.0 - loop.arriving / loop.budget for loop in loops])
     fixed = sum(expected[f"memory.{name}"] for name in ("weights", "activations", "buffers", "reserve"))
     one, usable = expected["memory.kv_request"], expected["memory.usable"]
     fits = (usable - fixed) / one

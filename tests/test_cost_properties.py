@@ -210,7 +210,7 @@ def test_pipeline_bubbles(random_batch: list[Scenario]) -> None:
     for pieces, stages in ((1.0, 4.0), (8.0, 4.0)):
         cut = changed(changed(plain, "load", chunk=1024.0, isl=1024.0 * pieces), "plan", pp=stages)
         links = scaled(scaled(cut, "levels", 1e12, "bandwidth"), "levels", 0.0, "latency")
-        free = [replace(x, coefficients=replace(x.coefficients, collective_base=0.0)) for x in links]
+        free = [replace(x, coefficients=replace(x.coefficients, all_to_all_base=0.0)) for x in links]
         got = columns(in_double(free))
         fits = got["memory.requests"] >= 1
         once = got["served.prefill.head"] + got["served.prefill.overhead"]  # not what every stage does

@@ -183,8 +183,9 @@ def coefficients(desk: Desk) -> Coefficients:
     mfu = desk.plan.mfu
     stream = desk.plan.utilisation
     gemm = {n: getattr(usual, n) if mfu is None else mfu for n in _COMPUTE}
-    memory = {n: getattr(usual, n) if stream is None else stream for n in ("memory", "core_memory")}
-    return replace(Coefficients.ideal(), **gemm, **memory)
+    memory = {n: getattr(usual, n) if stream is None else stream for n in ("memory", "core_memory", "expert_memory")}
+    limit = {} if mfu is not None else {"flops_per_joule": usual.flops_per_joule}  # an MFU has the power limit in it
+    return replace(Coefficients.ideal(), **gemm, **memory, **limit)
 
 
 _COMPUTE = ("gemm_bf16", "gemm_fp8", "gemm_fp4", "gemm_int8", "core_prefill", "core_decode")

@@ -1,132 +1,223 @@
-"""The fit: robust least squares on log residuals through the whole model, by its own gradients."""
+"""The fit: robust least squares on the log residuals of all sources through the whole model, by its own gradients."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import OptimizeResult, minimize
 
-from dse.calibrate.observations import Serving
-from dse.calibrate.parameters import FREE, Layout, apply
-from dse.cost.evaluate import Scenario, estimate_one
+from dse.calibrate.parameters import FREE, Layout
+from dse.calibrate.sources import Source
 
 Array = np.ndarray
-# Residual scales (log): what a good model leaves. TTFT carries engine settings that nobody recorded.
-TPOT_SCALE, TTFT_SCALE = 0.08, 0.35
-MOST_STEPS = 40
+MOST_STEPS = 60
+LEAST_SPREAD = 2e-3  # of a prior below which a parameter is not fitted: it would move by less than 0.2%
+START_SPREAD = 0.3  # of a random start, in prior standard deviations
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Fitted parameters, their covariance (Laplace: inverse of J'J, robust weights), and the residual spread."""
+    """Fitted parameters, what the data say of them (J'WJ with robust weights), and the residual spread.
+
+    `sigma`: source -> robust standard deviation of each metric's log residuals (k,).
+    """
 
     layout: Layout
     theta: Array
-    covariance: Array
-    tpot_sigma: float
-    ttft_sigma: float
+    information: Array
+    sigma: dict[str, Array]
     seconds: float
     cost: float
 
+    @property
+    def covariance(self) -> Array:
+        """Laplace: the inverse of the data's and the prior's information."""
+        return np.asarray(np.linalg.inv(self.information + np.diag(self.layout.spread() ** -2.0)))
+
 
 @dataclass(frozen=True)
-class Problem:
-    """Observations with the compiled model: predictions of every row, and their gradients by the row's coefficients."""
+class _Problem:
+    """The sources' residuals, stacked, the prior's last."""
 
+    sources: tuple[Source, ...]
     layout: Layout
-    data: Serving
-    design: Array  # (n, blocks): parameters.Layout.design
-    predict: Callable[[Any], Any]  # logs (n, F) -> (n, 2) log seconds of TTFT, TPOT
-    gradient: Callable[[Any], Any]  # logs (n, F) -> (n, 2, F)
+    designs: tuple[Array, ...]  # (n, blocks) of each source
+    seen: tuple[Array, ...]  # (n, k) of each source: measured, and of a row that the fit may see
+    weights: tuple[Array, ...]  # (n, k) of each source: of the residual's loss
+    centre: Array
+    spread: Array
 
-    def logs(self, theta: Array) -> Array:
-        """Log coefficients of every row."""
-        return self.design @ theta.reshape(-1, len(FREE))
+    def logs(self, i: int, theta: Array) -> Array:
+        """Log coefficients of every row of source i."""
+        return np.asarray(self.designs[i] @ theta.reshape(-1, len(FREE)))
 
+    def errors(self, i: int, theta: Array) -> Array:
+        """Scaled log residuals (n, k) of source i; 0 where nothing may be seen."""
+        s = self.sources[i]
+        predicted = s.log_seconds(self.logs(i, theta))
+        return np.where(self.seen[i], predicted - np.where(self.seen[i], s.measured, 0.0), 0.0) / s.scale
 
-def problem(data: Serving, layout: Layout | None = None) -> Problem:
-    """Compile the model once. A row has a few dozen coefficients however many levels there are, so its gradient is
-    taken by those and spread over the levels afterwards."""
-    with jax.enable_x64(True):
-        layout = layout or Layout.of([data.labels])
-        scenarios = jax.tree.map(jnp.asarray, data.scenarios)
+    def objective(self, x: Array) -> tuple[float, Array]:
+        """Loss and its gradient at `x`, parameters in prior standard deviations from the prior's centre."""
+        theta = self.centre + self.spread * x
+        value = float(np.sum(_soft_l1(x)))
+        slope = x / np.sqrt(1.0 + x**2)
+        for i in range(len(self.sources)):
+            error, weight = self.errors(i, theta), self.weights[i]
+            value += float(np.sum(weight * _soft_l1(error)))
+            slope += self.spread * self._back(i, self._slopes(i, theta), weight * error / np.sqrt(1.0 + error**2))
+        return value, slope
 
-        def one(logs: Any, scenario: Scenario) -> Any:
-            result = estimate_one(replace(scenario, coefficients=apply(logs, scenario.coefficients)))
-            return jnp.log(jnp.stack([result.ttft, result.tpot]))
+    def curvature(self, x: Array) -> Array:
+        """Gauss-Newton Hessian of the loss: J' W J with the weights that the robust loss gives the residuals."""
+        information = self.information(self.centre + self.spread * x) * self.spread[:, None] * self.spread[None, :]
+        return np.asarray(information + np.diag(1.0 / np.sqrt(1.0 + x**2)))
 
-        batched = jax.jit(jax.vmap(one))
-        # XLA's fusion emitters take minutes over a Jacobian of this size; without them it is ten seconds.
-        slopes = jax.jit(jax.vmap(jax.jacfwd(one)), compiler_options={"xla_cpu_use_fusion_emitters": False})
-        return Problem(
-            layout=layout,
-            data=data,
-            design=layout.design(layout.codes(data.labels)),
-            predict=lambda logs: batched(logs, scenarios),
-            gradient=lambda logs: slopes(logs, scenarios),
+    def information(self, theta: Array) -> Array:
+        """J' W J of the data alone, by the parameters themselves.
+
+        Rows of the same levels share their blocks: their coefficients' part (F, F) is summed once and put wherever two
+        of the blocks meet.
+        """
+        count = len(FREE)
+        every = np.arange(count)
+        total = np.zeros((self.layout.size // count, count, self.layout.size // count, count))
+        for i, design in enumerate(self.designs):
+            slopes, weight = self._slopes(i, theta), self.weights[i] / np.sqrt(1.0 + self.errors(i, theta) ** 2)
+            kinds, kind = np.unique(design, axis=0, return_inverse=True)
+            for k, blocks in enumerate(kinds):
+                rows = kind.ravel() == k
+                part = np.einsum("nkf,nk,nkg->fg", slopes[rows], weight[rows], slopes[rows], optimize=True)
+                here = np.flatnonzero(blocks)
+                total[np.ix_(here, every, here, every)] += part[None, :, None, :]
+        return total.reshape(self.layout.size, self.layout.size)
+
+    def _slopes(self, i: int, theta: Array) -> Array:
+        """d scaled residual / d log coefficient (n, k, F) of source i; 0 where nothing may be seen."""
+        s = self.sources[i]
+        slopes = s.slopes(self.logs(i, theta)) / s.scale[:, None]
+        return np.where(self.seen[i][:, :, None], slopes, 0.0)
+
+    def _back(self, i: int, slopes: Array, residual: Array) -> Array:
+        """Gradient by the parameters: each row's, spread over the blocks that it has."""
+        each = np.einsum("nkf,nk->nf", slopes, np.where(self.seen[i], residual, 0.0))
+        return np.asarray((self.designs[i].T @ each).ravel())
+
+    def solve(self, start: Array) -> tuple[Array, float]:
+        """From a start in prior standard deviations: (parameters, loss).
+
+        A trust region on the Gauss-Newton Hessian, parameters by parameters: with a few hundred of them and thousands
+        of residuals the singular values of the whole Jacobian (`least_squares`) cost a hundred times as much.
+        """
+        free = self.spread > LEAST_SPREAD
+
+        def whole(part: Array) -> Array:
+            x = np.zeros(self.layout.size)
+            x[free] = part
+            return x
+
+        def objective(part: Array) -> tuple[float, Array]:
+            value, slope = self.objective(whole(part))
+            return value, slope[free]
+
+        found = minimize(
+            objective,
+            start[free],
+            jac=True,
+            hess=lambda part: self.curvature(whole(part))[np.ix_(free, free)],
+            method="trust-exact",
+            callback=_Settled(),
+            options={"initial_trust_radius": 3.0, "max_trust_radius": 30.0, "gtol": 0.03, "maxiter": MOST_STEPS},
         )
+        return self.centre + self.spread * whole(found.x), float(found.fun)
+
+    def sigma(self, theta: Array) -> dict[str, Array]:
+        """Robust standard deviation (1.48 times the median absolute residual) of each metric of each source."""
+        result = {}
+        for i, s in enumerate(self.sources):
+            error = np.where(self.seen[i], np.abs(self.errors(i, theta)), np.nan) * s.scale
+            anything = [bool(column.any()) for column in self.seen[i].T]
+            result[s.name] = np.array(
+                [1.4826 * np.nanmedian(e) if a else np.nan for e, a in zip(list(error.T), anything, strict=True)]
+            )
+        return result
 
 
-def fit(p: Problem, weight: Array | None = None, start: Array | None = None) -> Fitted:
-    """Fit the rows of weight 1; rows of weight 0 are not seen at all (their residuals and gradients are zero)."""
+def fit(
+    sources: Sequence[Source],
+    layout: Layout,
+    weights: Sequence[Array | None] | None = None,
+    restarts: int = 0,
+    seed: int = 0,
+) -> Fitted:
+    """Fit all sources over one parameter vector.
+
+    `weights`: for each source a weight of each row (None: 1); a row of weight 0 is not seen at all. Loss: soft_l1 of
+    (log predicted - log measured) / scale, each row by its source's weight; prior residuals likewise. `restarts` random
+    starts from the prior beside its centre, the best of them kept: the same seed gives the same answer.
+    """
     began = time.perf_counter()
-    n = len(p.data)
-    scale = (np.ones(n) if weight is None else np.asarray(weight, float))[:, None] / np.array([TTFT_SCALE, TPOT_SCALE])
-    measured = np.stack([p.data.log_ttft, p.data.log_tpot], axis=1)
-    centre, spread = p.layout.centre(), p.layout.spread()
-
-    def residuals(theta: Array) -> Array:
-        with jax.enable_x64(True):
-            error = (np.asarray(p.predict(p.logs(theta))) - measured) * scale
-        return np.concatenate([error.ravel(), (theta - centre) / spread])
-
-    def jacobian(theta: Array) -> Array:
-        with jax.enable_x64(True):
-            slope = np.asarray(p.gradient(p.logs(theta))) * scale[:, :, None]
-        rows = np.einsum("nb,nmf->nmbf", p.design, slope).reshape(2 * n, -1)
-        return np.concatenate([rows, np.diag(1.0 / spread)])
-
-    solution = least_squares(
-        residuals,
-        centre if start is None else start,
-        jac=jacobian,
-        method="trf",
-        x_scale=np.maximum(spread, 1e-3),
-        loss="soft_l1",
-        max_nfev=MOST_STEPS,
-        ftol=1e-5,
-        xtol=1e-5,
-    )
-    r, jac = residuals(solution.x), jacobian(solution.x)
-    robust = 1.0 / np.sqrt(1.0 + r**2)  # weights of soft_l1
-    error = (r[: 2 * n] / np.maximum(scale.ravel(), 1e-12)).reshape(n, 2)[scale[:, 0] > 0]
+    problem = _problem(sources, layout, weights or [None] * len(sources))
+    rng = np.random.default_rng(seed)
+    starts = [np.zeros(layout.size)]
+    starts += [START_SPREAD * rng.standard_normal(layout.size) for _ in range(restarts)]
+    theta, cost = min((problem.solve(start) for start in starts), key=lambda found: found[1])
     return Fitted(
-        layout=p.layout,
-        theta=solution.x,
-        covariance=np.linalg.pinv(jac.T @ (jac * robust[:, None])),
-        ttft_sigma=_spread(error[:, 0]),
-        tpot_sigma=_spread(error[:, 1]),
+        layout=layout,
+        theta=theta,
+        information=problem.information(theta),
+        sigma=problem.sigma(theta),
         seconds=time.perf_counter() - began,
-        cost=float(solution.cost),
+        cost=cost,
     )
 
 
-def _spread(residuals: Array) -> float:
-    """Robust standard deviation: 1.48 times the median absolute residual."""
-    return float(1.4826 * np.median(np.abs(residuals))) if len(residuals) else float("nan")
+class _Settled:
+    """Stops a minimisation once three steps together have gained less than 1e-4 of the loss.
+
+    The model has corners (the larger of two times, the least of several algorithms), at which no gradient vanishes.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def __call__(self, intermediate_result: OptimizeResult) -> None:
+        self.losses.append(float(intermediate_result.fun))
+        if len(self.losses) > 3 and self.losses[-4] - self.losses[-1] < 1e-4 * self.losses[-1]:
+            raise StopIteration
 
 
-def predictions(p: Problem, theta: Array) -> tuple[Array, Array]:
-    """(TTFT, TPOT) in seconds of every row, the unseen ones included."""
-    with jax.enable_x64(True):
-        both = np.exp(np.asarray(p.predict(p.logs(theta))))
-    return both[:, 0], both[:, 1]
+def _soft_l1(residual: Array) -> Array:
+    """sqrt(1 + r^2) - 1: half the square of a small residual, the absolute value of a large one."""
+    return np.sqrt(1.0 + residual**2) - 1.0
+
+
+def _problem(sources: Sequence[Source], layout: Layout, weights: Sequence[Array | None]) -> _Problem:
+    rows = [np.ones(len(s)) if w is None else np.asarray(w, float) for s, w in zip(sources, weights, strict=True)]
+    seen = [(w[:, None] > 0) & np.isfinite(s.measured) for s, w in zip(sources, rows, strict=True)]
+    each = [np.where(x, (s.weight * w)[:, None], 0.0) for s, w, x in zip(sources, rows, seen, strict=True)]
+    return _Problem(
+        sources=tuple(sources),
+        layout=layout,
+        designs=tuple(layout.design(layout.codes(s.labels)) for s in sources),
+        seen=tuple(seen),
+        weights=tuple(each),
+        centre=layout.centre(),
+        spread=layout.spread(),
+    )
+
+
+def predictions(source: Source, layout: Layout, theta: Array) -> Array:
+    """Log seconds (n, k) of every row, the unseen ones included."""
+    return source.log_seconds(row_logs(source, layout, theta))
+
+
+def row_logs(source: Source, layout: Layout, theta: Array) -> Array:
+    """Log coefficients (n, F) of every row; keys that the layout does not know add nothing."""
+    return np.asarray(layout.design(layout.codes(source.labels)) @ theta.reshape(-1, len(FREE)))
 
 
 def folds(groups: Array, count: int, seed: int = 0) -> Array:
@@ -138,17 +229,31 @@ def folds(groups: Array, count: int, seed: int = 0) -> Array:
     return order[np.searchsorted(names, groups)]
 
 
-def cross_validate(p: Problem, fold: Array) -> tuple[Array, Array, list[Fitted]]:
-    """(TTFT, TPOT) predictions of every row by a fit that never saw its fold."""
-    ttft, tpot = np.zeros(len(p.data)), np.zeros(len(p.data))
+@dataclass(frozen=True)
+class HeldOut:
+    """Predictions (n, k) of every row by a fit that never saw its fold, in log seconds; and the folds' fits."""
+
+    predicted: Array
+    fold: Array
+    fits: tuple[Fitted, ...]
+
+
+def cross_validate(sources: Sequence[Source], layout: Layout, which: int, fold: Array) -> HeldOut:
+    """Leave out each fold of source number `which` in turn; the other sources are seen whole.
+
+    Every fit starts from the prior: a start from a fit of all rows would have seen the fold.
+    """
+    target = sources[which]
+    predicted = np.full(target.measured.shape, np.nan)
     fits = []
     for k in np.unique(fold):
         held = fold == k
-        fitted = fit(p, weight=(~held).astype(float))
-        a, b = predictions(p, fitted.theta)
-        ttft[held], tpot[held] = a[held], b[held]
+        weights: list[Array | None] = [None] * len(sources)
+        weights[which] = (~held).astype(float)
+        fitted = fit(sources, layout, weights)
+        predicted[held] = predictions(target, layout, fitted.theta)[held]
         fits.append(fitted)
-    return ttft, tpot, fits
+    return HeldOut(predicted, fold, tuple(fits))
 
 
-__all__ = ["Fitted", "Problem", "cross_validate", "fit", "folds", "predictions", "problem"]
+__all__ = ["Fitted", "HeldOut", "cross_validate", "fit", "folds", "predictions", "row_logs"]

@@ -1,59 +1,47 @@
-"""Measurements as the fit sees them: scenarios, what was measured (log seconds), whose rows they are."""
+"""Serving measurements as the fit sees them: closed-loop runs, priced by the whole model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from dse.catalog.coefficients import CoefficientSet
-from dse.cost.evaluate import Scenario
+from dse.calibrate.parameters import apply
+from dse.calibrate.sources import Refusal, Source, compiled
+from dse.catalog.coefficients import LEVELS, CoefficientSet
+from dse.cost.evaluate import Scenario, estimate_one
 from dse.errors import InputError
 from dse.space.cases import Case, parse_cases, scenarios_of
 
-Array = np.ndarray
 SERVING = ("measured_ttft_ms", "measured_tpot_ms")
+# Residual scales (log): what a good model leaves. TTFT carries engine settings that nobody recorded.
+TPOT_SCALE, TTFT_SCALE = 0.08, 0.25
 # What makes two rows one series: re-measurements and other concurrencies of it stay in one fold.
 SERIES = ("model", "gpu", "engine", "weights", "tp", "moe_ep", "isl", "osl")
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A row that cannot serve the fit, and why. Listed, never dropped silently."""
+def read_serving(
+    table: pd.DataFrame, speculation: Sequence[str] = ("no", ""), rest: CoefficientSet | None = None
+) -> Source:
+    """Closed-loop serving: rows in estimate's columns with `measured_ttft_ms` and `measured_tpot_ms`.
 
-    row: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Serving:
-    """Closed-loop serving rows: leaves of `scenarios` are (n,); measured log seconds, NaN where not measured."""
-
-    frame: pd.DataFrame
-    scenarios: Scenario
-    labels: dict[str, list[str]]
-    log_ttft: Array
-    log_tpot: Array
-    refused: tuple[Refusal, ...] = field(default=())
-
-    def __len__(self) -> int:
-        return len(self.log_tpot)
-
-
-def read_serving(table: pd.DataFrame, speculation: Sequence[str] = ("no", "")) -> Serving:
-    """Rows in estimate's columns with `measured_ttft_ms` and `measured_tpot_ms`.
-
-    Refused with a reason: rows that cannot be priced, that measured nothing, that may have speculated (their accepted
-    length is not recorded), exact duplicates, and TPOT below what reading the weights once would take.
+    A row may have measured only one of the two. Refused with a reason: rows that cannot be priced, that measured
+    nothing or what is no positive number, that may have speculated (their accepted length is not recorded), exact
+    duplicates, and TPOT below what reading the weights once would take. `rest`: the set whose values the coefficients
+    that are not fitted keep (physics).
     """
     missing = [name for name in SERVING if name not in table.columns]
     if missing:
         raise InputError(f"serving observations: columns {', '.join(missing)} missing")
     parsed = parse_cases(table)
     measured = table[list(SERVING)].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    nothing = np.isnan(measured)
+    usable = (nothing | ((measured > 0) & (measured < np.inf))).all(axis=1) & ~nothing.all(axis=1)
     duplicate = table.duplicated().to_numpy()
     refused, keep, cases = [], [], []
     for i, case in enumerate(parsed):
@@ -61,8 +49,8 @@ def read_serving(table: pd.DataFrame, speculation: Sequence[str] = ("no", "")) -
         reason = ""
         if isinstance(case, str):
             reason = case
-        elif not (measured[i] > 0).all():
-            reason = f"measured TTFT, TPOT = {measured[i][0]:g}, {measured[i][1]:g} ms: not both positive numbers"
+        elif not usable[i]:
+            reason = f"measured TTFT, TPOT = {measured[i][0]:g}, {measured[i][1]:g} ms: not positive numbers"
         elif word not in speculation and word != "nan":
             reason = f"speculation: {word!r}; accepted tokens are not recorded"
         elif duplicate[i]:
@@ -70,7 +58,7 @@ def read_serving(table: pd.DataFrame, speculation: Sequence[str] = ("no", "")) -
         elif measured[i][1] * 1e-3 < 0.5 * floor_seconds(case):
             reason = f"TPOT {measured[i][1]:g} ms is below half the time to read the weights once"
         if reason:
-            refused.append(Refusal(i, reason))
+            refused.append(Refusal(i, reason, "serving"))
         elif isinstance(case, Case):
             keep.append(i)
             cases.append(case)
@@ -79,19 +67,27 @@ def read_serving(table: pd.DataFrame, speculation: Sequence[str] = ("no", "")) -
             "serving observations: no row can serve the fit; " + (refused[0].reason if refused else "empty")
         )
     with jax.enable_x64(True):
-        scenarios = scenarios_of(cases, CoefficientSet("physics"))
-    return Serving(
+        scenarios = scenarios_of(cases, rest or CoefficientSet("physics"))
+    return Source(
+        name="serving",
         frame=table.iloc[keep].reset_index(drop=True),
-        scenarios=scenarios,
-        labels={
-            "generation": [c.gpu.generation for c in cases],
-            "gpu": [c.gpu.name for c in cases],
-            "engine": [c.engine for c in cases],
-        },
-        log_ttft=np.log(measured[keep, 0] * 1e-3),
-        log_tpot=np.log(measured[keep, 1] * 1e-3),
+        labels=labels_of([c.keys for c in cases]) | {"model": [c.entry.name for c in cases]},
+        metrics=("ttft", "tpot"),
+        measured=np.log(measured[keep] * 1e-3),
+        scale=np.array([TTFT_SCALE, TPOT_SCALE]),
         refused=tuple(refused),
+        **compiled(_log_ttft_tpot, scenarios),
     )
+
+
+def _log_ttft_tpot(logs: Any, scenario: Scenario) -> Any:
+    result = estimate_one(replace(scenario, coefficients=apply(logs, scenario.coefficients)))
+    return jnp.log(jnp.stack([result.ttft, result.tpot]))
+
+
+def labels_of(keys: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Level -> key of each row."""
+    return {level: [k[level] for k in keys] for level in LEVELS}
 
 
 def floor_seconds(case: Case) -> float:
@@ -101,9 +97,3 @@ def floor_seconds(case: Case) -> float:
     mixers = sum(m.count * sum(g.k * (g.n + g.n_kv) for g in m.gemms) for m in case.entry.mixers)
     size = mixers * case.precision.mixer_bytes
     return float(size / case.plan["tp"] / case.plan["pp"] / to_device(case.gpu).bandwidth)
-
-
-def series(frame: pd.DataFrame, columns: Sequence[str] = SERIES) -> Array:
-    """A number for each group of rows that must share a fold."""
-    known = [name for name in columns if name in frame]
-    return np.asarray(frame[known].astype(str).agg("|".join, axis=1).factorize()[0])

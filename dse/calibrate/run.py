@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
@@ -11,44 +11,126 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from dse.calibrate.fit import Fitted, Problem, cross_validate, fit, folds, predictions, problem
-from dse.calibrate.observations import Refusal, Serving, read_serving, series
+from dse.calibrate.collectives import KINDS, collective_source, read_collectives
+from dse.calibrate.fit import Fitted, HeldOut, cross_validate, fit, folds, predictions
+from dse.calibrate.observations import SERIES, read_serving
+from dse.calibrate.parameters import Layout
+from dse.calibrate.read import Tables
+from dse.calibrate.sources import Refusal, Source, series
+from dse.calibrate.steps import read_steps
+from dse.calibrate.uncertainty import Standing, compact, coverage, residuals, standing
 from dse.catalog.coefficients import CoefficientSet
+from dse.errors import InputError
 
 Array = np.ndarray
-# Who is left out: a series (five folds), each model, each GPU.
-SPLITS = (("unseen series", None, 5), ("a model left out", ("model",), 0), ("a GPU left out", ("gpu",), 0))
+Priors = Mapping[str, tuple[float, float]]  # coefficient -> (log centre, spread)
+# Who is left out: a series (five folds), each model, each GPU; of engine steps random fifths, each experiment.
+SPLITS = (("unseen series", SERIES, 5), ("a model left out", ("model",), 0), ("a GPU left out", ("gpu",), 0))
+STEP_SPLITS = (("random folds", None, 5), ("an experiment left out", ("experiment_id",), 0))
+# For intervals: models in five folds, which is enough to see what an unknown one adds.
+STANDING = {"series": (SERIES, 5), "model": (("model",), 5), "gpu": (("gpu",), 0)}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A fitted set with its problem, for predictions and their intervals."""
+    """A fitted set with its sources, for predictions and diagnosis. `held`: split -> held-out serving rows' errors."""
 
     set: CoefficientSet
     fitted: Fitted
-    problem: Problem
+    sources: tuple[Source, ...]
     refused: tuple[Refusal, ...]
+    held: dict[str, Standing] = field(default_factory=dict)
 
 
-def calibrate(table: pd.DataFrame, name: str = "fitted", source: str = "") -> Calibration:
-    """Fit serving measurements (columns of `dse estimate` and measured_ttft_ms, measured_tpot_ms)."""
-    data = read_serving(table)
-    p = problem(data)
-    fitted = fit(p)
-    ttft, tpot = predictions(p, fitted.theta)
-    about = {
+def sources_of(tables: Tables | pd.DataFrame, rest: CoefficientSet | None = None) -> tuple[Source, ...]:
+    """The sources that a set of tables holds (a plain frame: serving runs), serving first.
+
+    `rest`: the set whose values coefficients that are not fitted keep (physics). Kernel tables that are no collectives
+    are not among them: `calibrate.kernels` fits those, and what it knows comes in as priors.
+    """
+    if isinstance(tables, pd.DataFrame):
+        tables = Tables(serving=tables)
+    found: list[Source] = []
+    if tables.serving is not None:
+        found.append(read_serving(tables.serving, rest=rest))
+    if tables.steps is not None:
+        found.append(read_steps(tables.steps, rest))
+    for kind, frame in _collectives(tables).items():
+        found.append(collective_source(read_collectives(frame, kind), rest))
+    if not found:
+        raise InputError(
+            "calibrate: no table of serving runs, engine steps or collectives; single kernels alone fit no engine"
+        )
+    return tuple(found)
+
+
+def _collectives(tables: Tables) -> dict[str, pd.DataFrame]:
+    """Kind of collective table -> its rows."""
+    found = {kind: frame for kind, frame in tables.kernels.items() if kind in KINDS}
+    if tables.collectives is not None:
+        for kind, column in (("dgx", "num_workers"), ("multinode", "n_ranks")):
+            if column in tables.collectives:
+                rows = tables.collectives[tables.collectives[column].notna()].dropna(axis=1, how="all")
+                if len(rows):
+                    found[kind] = rows.reset_index(drop=True)
+    return found
+
+
+def calibrate(
+    tables: Tables | pd.DataFrame,
+    name: str = "fitted",
+    source: str = "",
+    restarts: int = 0,
+    seed: int = 0,
+    priors: Priors | None = None,
+    intervals: bool = True,
+) -> Calibration:
+    """Fit all measurements jointly. `intervals`: also fit without each fold, so that the set knows how sure it is.
+
+    The same tables and seed give the same set.
+    """
+    sources = sources_of(tables)
+    layout = Layout.of([s.labels for s in sources], priors)
+    fitted = fit(sources, layout, restarts=restarts, seed=seed)
+    about: dict[str, Any] = {
         "date": date.today().isoformat(),
         "data": source,
-        "rows": len(data),
-        "refused": len(data.refused),
+        "rows": {s.name: len(s) for s in sources},
+        "refused": sum(len(s.refused) for s in sources),
         "seconds": round(fitted.seconds, 1),
         "error_in_sample": {
-            "tpot": _errors(tpot, data.log_tpot),
-            "ttft": _errors(ttft, data.log_ttft),
+            s.name: {
+                metric: errors(predicted, measured)
+                for metric, predicted, measured in zip(
+                    s.metrics, predictions(s, layout, fitted.theta).T, s.measured.T, strict=True
+                )
+            }
+            for s in sources
         },
-        "sigma_log": {"tpot": round(fitted.tpot_sigma, 4), "ttft": round(fitted.ttft_sigma, 4)},
     }
-    return Calibration(fitted.layout.to_set(fitted.theta, name, about), fitted, p, data.refused)
+    chosen = layout.to_set(fitted.theta, name, about)
+    held = held_out(sources, layout, seed) if intervals and sources[0].name == "serving" else {}
+    if held:
+        about["coverage_of_90"] = coverage(held)
+        sure = replace(
+            compact(fitted),
+            residual=residuals(held),
+            models=frozenset(sources[0].labels["model"]),
+        )
+        chosen = replace(chosen, about=about, uncertainty=sure)
+    before = tables.refused if isinstance(tables, Tables) else ()
+    return Calibration(chosen, fitted, sources, (*before, *(r for s in sources for r in s.refused)), held)
+
+
+def held_out(sources: Sequence[Source], layout: Layout, seed: int = 0) -> dict[str, Standing]:
+    """Errors of serving rows that no fit had seen, by who was left out; splits of one group only are left out."""
+    serving = sources[0]
+    found = {}
+    for split, (columns, count) in STANDING.items():
+        fold = folds(series(serving.frame, columns), count, seed)
+        if len(np.unique(fold)) > 1:
+            found[split] = standing(serving, cross_validate(sources, layout, 0, fold))
+    return found
 
 
 @dataclass(frozen=True)
@@ -60,19 +142,20 @@ class Accuracy:
     refused: tuple[Refusal, ...]
 
 
-def accuracy(table: pd.DataFrame, seed: int = 0) -> Accuracy:
-    """Cross-validate: rows of one series (or model, or GPU) are never on both sides."""
-    data = read_serving(table)
-    p = problem(data)
+def accuracy(tables: Tables | pd.DataFrame, seed: int = 0, priors: Priors | None = None) -> Accuracy:
+    """Cross-validate the joint fit: rows of one series (or model, or GPU, or experiment) are never on both sides."""
+    sources = sources_of(tables)
+    layout = Layout.of([s.labels for s in sources], priors)
     lines, rows = [], {}
-    for name, columns, count in SPLITS:
-        groups = series(data.frame) if columns is None else series(data.frame, columns)
-        if len(np.unique(groups)) < 2:
-            continue
-        ttft, tpot, _ = cross_validate(p, folds(groups, count, seed))
-        lines.append(_line(name, ttft, tpot, data))
-        rows[name] = _rows(ttft, tpot, data)
-    return Accuracy(pd.DataFrame(lines), rows, data.refused)
+    for which, source in enumerate(sources):
+        for split, columns, count in {"serving": SPLITS, "steps": STEP_SPLITS}.get(source.name, ()):
+            groups = np.arange(len(source)) if columns is None else series(source.frame, columns)
+            if len(np.unique(groups)) < 2:
+                continue
+            held = cross_validate(sources, layout, which, folds(groups, count, seed))
+            lines.append(_line(split, source, held))
+            rows[split] = _WRITTEN[source.name](source.frame, np.exp(held.predicted))
+    return Accuracy(pd.DataFrame(lines), rows, tuple(r for s in sources for r in s.refused))
 
 
 def worst(rows: pd.DataFrame, factor: float = 2.0) -> pd.DataFrame:
@@ -81,20 +164,11 @@ def worst(rows: pd.DataFrame, factor: float = 2.0) -> pd.DataFrame:
     return rows[off > np.log(factor)].iloc[np.argsort(-off[off > np.log(factor)])]
 
 
-def interval(c: Calibration, share: float = 0.9) -> tuple[Array, Array]:
-    """Half-widths of the log TTFT and TPOT intervals of every row: parameters (Laplace) and residual spread."""
-    import jax
-    from scipy.stats import norm
-
-    p = c.problem
-    with jax.enable_x64(True):
-        slope = np.asarray(p.gradient(p.logs(c.fitted.theta)))
-    rows = np.einsum("nb,nmf->nmbf", p.design, slope).reshape(len(p.data), 2, -1)
-    spread = np.einsum("nmi,ij,nmj->nm", rows, c.fitted.covariance, rows)
-    z = norm.ppf(0.5 + share / 2.0)
-    sigma = np.array([c.fitted.ttft_sigma, c.fitted.tpot_sigma])
-    both = z * np.sqrt(spread + sigma**2)
-    return both[:, 0], both[:, 1]
+def errors(predicted: Array, measured: Array) -> dict[str, float]:
+    """Mean and median relative error of log seconds, of the rows that were measured."""
+    seen = np.isfinite(measured)
+    error = np.abs(np.exp(predicted[seen] - measured[seen]) - 1.0)
+    return {"mean": round(float(error.mean()), 4), "median": round(float(np.median(error)), 4)}
 
 
 def to_yaml(chosen: CoefficientSet, header: Sequence[str] = ()) -> str:
@@ -106,22 +180,22 @@ def to_yaml(chosen: CoefficientSet, header: Sequence[str] = ()) -> str:
             level: {key: dict(values) for key, values in table.items()} for level, table in chosen.factors.items()
         },
     }
+    if chosen.uncertainty is not None:
+        data["uncertainty"] = chosen.uncertainty.to_data()
     top = "".join(f"# {line}\n" for line in header)
-    return top + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    return top + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=2000)
 
 
-def _line(name: str, ttft: Array, tpot: Array, data: Serving) -> dict[str, Any]:
-    line: dict[str, Any] = {"split": name, "rows": len(data)}
-    for metric, predicted, measured in (("tpot", tpot, data.log_tpot), ("ttft", ttft, data.log_ttft)):
-        for kind, value in _errors(predicted, measured).items():
-            line[f"{metric}_{kind}"] = value
+def _line(split: str, source: Source, held: HeldOut) -> dict[str, Any]:
+    line: dict[str, Any] = {"source": source.name, "split": split, "rows": len(source)}
+    order = reversed(range(len(source.metrics)))  # TPOT first
+    for i in order:
+        for kind, value in errors(held.predicted[:, i], source.measured[:, i]).items():
+            line[f"{source.metrics[i]}_{kind}"] = value
     return line
 
 
-def _errors(predicted: Array, measured: Array) -> dict[str, float]:
-    error = np.abs(predicted / np.exp(measured) - 1.0)
-    return {"mean": round(float(error.mean()), 4), "median": round(float(np.median(error)), 4)}
-
-
-def _rows(ttft: Array, tpot: Array, data: Serving) -> pd.DataFrame:
-    return data.frame.assign(ttft_ms=ttft * 1e3, tpot_ms=tpot * 1e3)
+_WRITTEN: dict[str, Callable[[pd.DataFrame, Array], pd.DataFrame]] = {
+    "serving": lambda frame, seconds: frame.assign(ttft_ms=seconds[:, 0] * 1e3, tpot_ms=seconds[:, 1] * 1e3),
+    "steps": lambda frame, seconds: frame.assign(predicted_us=seconds[:, 0] * 1e6),
+}

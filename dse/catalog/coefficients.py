@@ -1,12 +1,14 @@
 """Coefficient sets: the cited physics, and sets fitted to measurements, as factors on it by level.
 
 A coefficient of a case is the base value times one factor for each level that knows the case: GPU generation, GPU,
-engine. A GPU or engine that nobody measured has no factor of its own and keeps what the levels above say.
+engine, engine version, model (how well engines run its architecture). What nobody measured has no factor of its own and
+keeps what the levels above say.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -16,15 +18,26 @@ from typing import Any
 
 import yaml
 
+from dse.catalog.uncertainty import Uncertainty, read_uncertainty
 from dse.cost.coefficients import Coefficients
 from dse.errors import InputError, unknown
 
 PHYSICS = "physics"  # the cited defaults of `cost.coefficients`
 BEST = "measured"  # the set used where none is named
-LEVELS = ("generation", "gpu", "engine")
+KERNELS = "kernels"  # the file of `kernel_coefficients`, which is no such set
+LEVELS = ("generation", "gpu", "engine", "version", "model")
 _NAMES = tuple(f.name for f in fields(Coefficients))
-# Shares: never above one, whatever the factors multiply to.
-_AT_MOST_ONE = frozenset(("reserved_output", "utilisation", "partial_overlap"))
+# Where physics sets a limit, whatever the data say and the factors multiply to.
+BOUNDS = {
+    "memory": (0.2, 1.0),
+    "expert_memory": (0.2, 1.0),
+    "cohort": (0.001, 1.0),
+    "core_memory": (0.2, 1.0),
+    "imbalance": (1.0, 4.0),
+    "reserved_output": (0.02, 1.0),
+    "utilisation": (0.0, 1.0),
+    "partial_overlap": (0.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -35,25 +48,34 @@ class CoefficientSet:
     base: Mapping[str, float] = field(default_factory=dict)
     factors: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    uncertainty: Uncertainty | None = None
 
-    def of(self, generation: str = "", gpu: str = "", engine: str = "") -> Coefficients:
-        """The coefficients of one case; unknown keys have no factor."""
+    def of(
+        self, generation: str = "", gpu: str = "", engine: str = "", version: str = "", model: str = ""
+    ) -> Coefficients:
+        """The coefficients of one case; unknown keys have no factor. `version`: see `version_key`."""
         values = {name: getattr(Coefficients(), name) for name in _NAMES} | dict(self.base)
-        for level, key in zip(LEVELS, (generation, gpu, engine), strict=True):
+        for level, key in zip(LEVELS, (generation, gpu, engine, version, model), strict=True):
             for name, factor in self.factors.get(level, {}).get(key, {}).items():
                 values[name] = values[name] * factor
-        for name in _AT_MOST_ONE:
-            values[name] = min(values[name], 1.0)
+        for name, (low, high) in BOUNDS.items() if self.factors else ():
+            values[name] = min(max(values[name], low), high)
         return Coefficients(**values)
 
-    def known(self, generation: str = "", gpu: str = "", engine: str = "") -> str:
-        """The set and the levels that spoke: `measured: hopper, h100, vllm`."""
+    def known(self, generation: str = "", gpu: str = "", engine: str = "", version: str = "", model: str = "") -> str:
+        """The set and the levels that spoke: `measured: hopper, h100, vllm, vllm 0.15`."""
         keys = [
             key
-            for level, key in zip(LEVELS, (generation, gpu, engine), strict=True)
+            for level, key in zip(LEVELS, (generation, gpu, engine, version, model), strict=True)
             if key in self.factors.get(level, {})
         ]
         return self.name + (f": {', '.join(keys)}" if keys else "")
+
+
+def version_key(engine: str, version: str) -> str:
+    """An engine's version as a level's key, major and minor: `vllm 0.15` of 0.15.1; "" where it is not a number."""
+    found = re.match(r"v?(\d+)\.(\d+)", version.strip().lower())
+    return f"{engine} {found[1]}.{found[2]}" if found and engine else ""
 
 
 def coefficient_set(name: str | Path | None = None) -> CoefficientSet:
@@ -76,7 +98,8 @@ def shipped() -> tuple[str, ...]:
     folder = files("dse.catalog") / "coefficients"
     if not folder.is_dir():
         return ()
-    return tuple(sorted(item.name[: -len(".yaml")] for item in folder.iterdir() if item.name.endswith(".yaml")))
+    names = (item.name[: -len(".yaml")] for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return tuple(sorted(name for name in names if name != KERNELS))
 
 
 @cache
@@ -109,9 +132,12 @@ def read(name: str, where: str, text: str) -> CoefficientSet:
             continue
         for key, values in table.items():
             problems += _wrong(values, f"factors.{level}.{key}.")
+    uncertainty = read_uncertainty(data["uncertainty"], _NAMES, problems) if whole and "uncertainty" in data else None
     if problems:
         raise InputError(f"{where}: " + "; ".join(problems))
-    return CoefficientSet(name=name, base=_floats(base), factors=factors, about=data.get("about", {}))
+    return CoefficientSet(
+        name=name, base=_floats(base), factors=factors, about=data.get("about", {}), uncertainty=uncertainty
+    )
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dse.catalog.schema import ClusterEntry, ClusterFile, GpuEntry, GpuFile, NamedEntry, parse, read
 from dse.errors import InputError, unknown
-from dse.units import GB, GIB, TERA, US
+from dse.units import GB, GIB, GIGA, MIB, TERA, US
 
 if TYPE_CHECKING:  # the listing of names needs no JAX
     from dse.cost.types import Device, Topology
@@ -61,9 +61,14 @@ def load_clusters(path: str | Path) -> list[ClusterEntry]:
 
 
 def to_device(entry: GpuEntry) -> Device:
-    """A GPU in SI: FLOP/s, bytes/s, bytes (those software sees), W; USD an hour."""
+    """A GPU in SI: FLOP/s, bytes/s, bytes (those software sees), W, Hz; USD an hour."""
     from dse.cost.types import Device
 
+    optional = {
+        "sms": (entry.sms, 1.0),
+        "clock": (entry.clock_ghz, GIGA),
+        "l2": (entry.l2_mib, MIB),
+    }
     return Device(
         peak_bf16=entry.peak_bf16_tflops.value * TERA,
         peak_fp8=entry.peak_fp8_tflops.value * TERA,
@@ -73,6 +78,7 @@ def to_device(entry: GpuEntry) -> Device:
         capacity=entry.capacity_gib.value * GIB,
         power=entry.tdp_w.value,
         price=entry.price_usd_hour.value,
+        **{name: number.value * unit for name, (number, unit) in optional.items() if number},
     )
 
 
@@ -87,6 +93,7 @@ def to_topology(entry: ClusterEntry) -> Topology:
                 bandwidth=level.bandwidth_gb_s.value * GB,
                 latency=level.latency_us.value * US,
                 oversubscription=level.oversubscription.value,
+                rails=1.0 if level.rails is None else float(level.rails.value),
             )
             for level in entry.levels
         ),

@@ -80,6 +80,9 @@ class GpuEntry(NamedEntry):
     peak_fp4_tflops: NonNegative
     peak_int8_tops: NonNegative
     hbm_gb_s: Positive
+    sms: Positive | None = None  # SMs, compute units or MXUs; the catalogue has the three of every GPU, a person's
+    clock_ghz: Positive | None = None  # own entry may leave them out: single kernels are then priced as on an H100
+    l2_mib: Positive | None = None  # last-level cache
     capacity_gb: Positive  # as marketed
     capacity_gib: Positive  # as software sees it
     tdp_w: Positive
@@ -95,6 +98,7 @@ class LevelEntry(Spec):
     bandwidth_gb_s: Positive  # what one GPU can send, one direction
     latency_us: NonNegative  # one point-to-point hop, low-latency protocol
     oversubscription: AtLeastOne
+    rails: Flag | None = None  # false: a ring leaves a unit through one flow, not one a GPU
 
 
 class ClusterEntry(NamedEntry):
@@ -206,7 +210,13 @@ def _model_at(model: Any, loc: tuple[int | str, ...]) -> type[BaseModel] | None:
     for part in loc:
         if isinstance(at, type) and issubclass(at, BaseModel):
             field = at.model_fields.get(str(part))
-            at = field.annotation if field else None
+            at = _required(field.annotation) if field else None
         else:  # dict[str, Entry] or tuple[Entry, ...]
             at = next((a for a in get_args(at) if isinstance(a, type) and issubclass(a, BaseModel)), None)
     return at if isinstance(at, type) and issubclass(at, BaseModel) else None
+
+
+def _required(annotation: Any) -> Any:
+    """`Positive` of `Positive | None`."""
+    kinds = get_args(annotation)
+    return next(kind for kind in kinds if kind is not type(None)) if type(None) in kinds else annotation

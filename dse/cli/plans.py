@@ -10,6 +10,9 @@ import typer
 from dse.cli.console import CoefficientSet, Out, app, compile_cache, progress, read_csv, width, write_csv
 from dse.errors import NothingFeasible
 
+Intervals = Annotated[
+    bool, typer.Option("--intervals", help="Also the ends between which 90% of measurements are to lie.")
+]
 OUTPUTS = ("pareto.csv", "candidates.csv", "report.html", "run.json")
 
 
@@ -23,6 +26,7 @@ def search(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
     compare: Annotated[bool, typer.Option(help="Compare a sampled front with the exhaustive one.")] = True,
     coefficients: CoefficientSet = None,
+    intervals: Intervals = False,
 ) -> None:
     """Search a space of plans: print the best and the front, write tables and a report."""
     from rich.console import Console
@@ -48,6 +52,7 @@ def search(
             coefficients=coefficient_set(coefficients),
             compare=compare,
             progress=advance,
+            intervals=intervals,
         )
     summary = summarise(result)
     written = write_outputs(result, out, summary)
@@ -63,13 +68,14 @@ def estimate(
     cases: Annotated[Path, typer.Argument(help="CSV with model, gpu, isl, osl and optional columns.")],
     out: Out,
     coefficients: CoefficientSet = None,
+    intervals: Intervals = False,
 ) -> None:
     """Estimate deployments, one row each: TTFT, TPOT, throughput, memory, breakdown."""
     from dse.catalog.coefficients import coefficient_set
     from dse.space.cases import estimate_cases
 
     compile_cache()
-    result = estimate_cases(read_csv(cases), coefficient_set(coefficients))
+    result = estimate_cases(read_csv(cases), coefficient_set(coefficients), intervals)
     write_csv(result, out)
     unpriced = int(result["ttft_ms"].isna().sum())
     typer.echo(f"{out}: {len(result)} rows" + (f", {unpriced} without an estimate (see `reason`)" if unpriced else ""))

@@ -1,6 +1,8 @@
 """The numbers a roofline needs beyond the datasheet, each with a physical meaning and a cited default.
 
-The defaults were fixed from published constants before any serving measurement was opened; `dse calibrate` fits them.
+The defaults were fixed from published constants before any serving measurement was opened, but for the collectives and
+the MoE exchange: those are rounded from a fit to tables of single calls [C], and `link_network` was chosen by hand on
+[B, D]. `dse calibrate` fits them.
 """
 
 from __future__ import annotations
@@ -20,23 +22,43 @@ class Coefficients:
     lengths); [N] NCCL 2.30 tuning model (base 6.6/8.4 us; hop 0.6/3.4 us NVLink, 2.7/14 us network for LL/Simple;
     LL has half the bandwidth); [B] busbw 340 of 450 GB/s on an H100 node, 36 of 50 GB/s between nodes;
     [K] grouped-GEMM tables of TensorRT-LLM on five GPUs (aiconfigurator, 2026: half widths 140-1600, .05-.3 us each);
-    [D] DeepSeek-V3 report (20 of 132 SMs for communication) and DeepEP; [E] engine documentation.
+    [C] tables of single collectives on A100, H100, H200, B200, L40S (NCCL 2.27-2.29, TensorRT-LLM's all-reduce, DeepEP
+    under SGLang 0.5; aiconfigurator, 2026);
+    [D] DeepSeek-V3 report (20 of 132 SMs for communication) and DeepEP's (H800: 153 GB/s NVLink, 43-58 GB/s RDMA);
+    [E] engine documentation.
     """
 
-    # GEMM: e = e_max * m/(m+m_half) * n/(n+n_half), tiles of 128 half full at 64
-    gemm_bf16: Number = 0.75  # [G]
-    gemm_fp8: Number = 0.60  # [G]
-    gemm_fp4: Number = 0.40  # [G]
-    gemm_int8: Number = 0.60  # [G], as fp8
-    gemm_m_half: Number = 64.0
-    gemm_n_half: Number = 128.0
-    grouped_gemm: Number = 1.0  # grouped (expert) GEMMs against one GEMM of the same total size
-    expert_half: Number = 600.0  # width of an expert's slice at half efficiency: TP inside experts is slow [K]
-    expert_each: Number = 0.1 * US  # a layer, for each expert that a rank holds: scheduling of the groups [K]
+    # GEMM: peak e/(1 + (peak/power)/flops_per_joule): a chip under its power limit sustains less the more FLOP/s a watt
+    # it promises, whatever the precision [G: .85 on A100, .77 / .61 on H100 in 16 / 8 bits, .66 / .49 / .33 on B200]
+    flops_per_joule: Number = 4.4e12  # promised FLOP/s a watt at which half of the peak is sustained
+    gemm_bf16: Number = 1.0  # share of that, by precision
+    gemm_fp8: Number = 1.0
+    gemm_fp4: Number = 1.0
+    gemm_int8: Number = 1.0
+    gemm_m_half: Number = 45.0  # rows that a partial tile wastes [K]
+    gemm_k_half: Number = 200.0  # filling and draining a tile, in elements of k at the 16-bit rate [K: 150-260]
+    gemm_walk: Number = 1.4e-9  # s an element of k: one thread block's dependent walk ... [K]
+    gemm_split: Number = 3500.0  # ... up to this many elements, beyond which k is split over blocks [K]
+    quantise_passes: Number = 2.0  # over the inputs of GEMMs in fewer than 16 bits, quantised at run time [K]
+    quantise_kernels: Number = 1.0  # and kernels for it
     memory: Number = 0.80  # [G] weights and activations streamed by GEMMs
+    # routed experts (grouped GEMMs) [K]
+    grouped_gemm: Number = 1.2  # rate of large grouped GEMMs over that of GEMMs
+    expert_half: Number = 200.0  # width that a narrow slice of an expert wastes, by precision
+    expert_half_fp8: Number = 1000.0
+    expert_half_fp4: Number = 200.0
+    expert_m_half: Number = 24.0  # rows that an expert's partial tile wastes, ...
+    expert_m_most: Number = 10.0  # ... at most this many times its own: few rows run in narrow tiles
+    expert_memory: Number = 0.93  # share of bandwidth at which experts are read
+    expert_each: Number = 0.1 * US  # a layer, for each expert that a rank holds: scheduling of the groups
+    expert_each_fp8: Number = 0.2 * US
+    expert_each_fp4: Number = 0.03 * US
+    expert_walk: Number = 2.5e-9  # s an element of both reductions, as gemm_walk
+    expert_corner: Number = 0.85  # rounding of compute against reading against the walk: nearly their sum
+    permute_passes: Number = 1.7  # over the activations of all copies
     # attention
     core_prefill: Number = 0.60  # [F]
-    core_decode: Number = 0.40  # tensor-core share of decode kernels (few query rows a tile)
+    core_decode: Number = 0.70  # tensor-core share of decode kernels; binds where many heads share keys (MLA) [K]
     core_memory: Number = 0.75  # KV gathered through page tables
     # roofline corner: None is the hard maximum; 0..1 rounds it (numerics.smooth_max)
     rounding: Number | None = None
@@ -50,16 +72,48 @@ class Coefficients:
     request_overhead: Number = 2.0 * US  # the part of it that grows with the requests of a step
     arrival_overhead: Number = 5000.0 * US  # HTTP, tokenisation, first scheduling: once a request
     first_wave: Number = 1.0  # weight of the first wave of prompts over 1 / requests a client
-    # collectives
-    collective_base: Number = 6.6 * US  # [N] LL base; Simple adds collective_simple
-    collective_simple: Number = 1.8 * US  # [N]
-    hop_ll: Number = 0.4  # LL hop latency over the level's (LL128) latency [N]
-    hop_simple: Number = 2.0  # Simple hop latency over the level's latency [N]
-    link_ll: Number = 0.45  # LL share of link bandwidth (half, less flags) [N]
-    link_simple: Number = 0.76  # [B]
-    one_shot_base: Number = 5.0 * US  # custom all-reduce inside a node: barrier, read all, barrier
-    multicast_base: Number = 25.0 * US  # [N] NVLS
-    all_to_all_base: Number = 15.0 * US  # [D] dispatch or combine kernel
+    cohort: Number = 0.2  # share of requests that stay together after it: equal answers end together
+    # 1: prompts get steps of their own, ahead of decode (SGLang); 0: they share steps with it. None: 0 for all
+    prefill_priority: Number | None = None
+    transfer_base: Number = 5000.0 * US  # handshake of two pools' workers and first block of a KV transfer [E]
+    # collectives [C]
+    collective_base: Number = 6.1 * US  # an LL kernel's start; the other protocols add theirs [N: 6.6]
+    collective_ll128: Number = 13.0 * US
+    collective_simple: Number = 14.0 * US
+    hop_ll: Number = 0.56  # hop latency over the level's (LL128) latency: LL ring [N: .3-.7]
+    hop_tree: Number = 1.4  # a step of recursive doubling in LL, whose sides wait for each other [N: 5 of 2.7 us]
+    hop_ll128: Number = 0.10  # beyond what the start holds
+    hop_simple: Number = 1.5  # [N: 1.8-3.5]
+    link_ll: Number = 0.30  # share of link bandwidth: half carries flags [N: <= .5]
+    link_ll128: Number = 0.50
+    link_simple: Number = 0.72
+    link_multicast: Number = 0.60
+    link_network: Number = 1.15  # the share beyond the innermost level over that inside [B, D]
+    own_copy: Number = 0.23  # a rank's own part, copied locally, over a link's time for it
+    multicast_base: Number = 52.0 * US  # [N: 25 for the start alone]
+    one_shot_base: Number = 1.9 * US  # custom all-reduce inside a node: barrier, read all, barrier
+    one_shot_peer: Number = 0.1 * US  # a peer's flag
+    link_one_shot: Number = 0.53
+    all_to_all_base: Number = 6.9 * US  # send and receive kernels: all-to-all, point to point
+    all_to_all_simple: Number = 9.7 * US
+    channel_ll: Number = 0.09e-9  # s a byte of one send in LL: 11 GB/s
+    # MoE dispatch and combine [D, C]
+    dispatch_sms: Number = 20.0  # [D] SMs that copy
+    dispatch_base: Number = 27.0 * US
+    dispatch_fill: Number = 11.0 * US  # filling the pipeline of copies and links
+    dispatch_copy: Number = 0.061e-9  # s a byte on one SM: 16 GB/s
+    dispatch_least: Number = 2.0  # copies a token, however few it has
+    combine_base: Number = 26.0 * US
+    combine_token: Number = 1.3e-9  # s a byte of one token: a warp adds its copies
+    combine_copy: Number = 0.049e-9
+    combine_least: Number = 3.0
+    link_dispatch: Number = 0.65  # share of the innermost link
+    low_latency_base: Number = 9.2 * US
+    low_latency_expert: Number = 0.016 * US  # a count to each expert, tokens or none
+    low_latency_copy: Number = 0.47 * US  # each of the k parts of a sum
+    low_latency_token: Number = 2.3 * US  # one SM casting and sending one token
+    link_low_dispatch: Number = 0.57
+    link_low_combine: Number = 0.53
     # overlap
     partial_overlap: Number = 0.5  # rho of the rule `partial`
     sm_share: Number = 0.15  # [D] compute rate lost while communication kernels run
@@ -76,14 +130,17 @@ class Coefficients:
     def ideal(cls) -> Coefficients:
         """The bare roofline: full peaks, no latency, no overhead, balanced experts. For limits and worked figures."""
         zeros = {name: 0.0 for name in _FREE if name not in _SHARES}
-        return cls(**zeros, **dict.fromkeys(_SHARES, 1.0))
+        return cls(**{**zeros, **dict.fromkeys(_SHARES, 1.0), "flops_per_joule": UNLIMITED})
 
 
 _SHARES = frozenset(
     (
         *("gemm_bf16", "gemm_fp8", "gemm_fp4", "gemm_int8", "grouped_gemm", "memory"),
-        *("core_prefill", "core_decode", "core_memory", "link_ll", "link_simple"),
+        *("gemm_split", "expert_memory", "expert_m_most"),
+        *("core_prefill", "core_decode", "core_memory", "link_ll", "link_ll128", "link_simple", "link_multicast"),
+        *("link_network", "link_one_shot", "link_dispatch", "link_low_dispatch", "link_low_combine", "dispatch_sms"),
         *("imbalance", "utilisation", "partial_overlap", "reserved_output", "first_wave"),
     )
 )
-_FREE = tuple(f.name for f in fields(Coefficients) if f.name != "rounding")
+_FREE = tuple(f.name for f in fields(Coefficients) if f.name not in ("rounding", "prefill_priority"))
+UNLIMITED = 1e30  # FLOP/s a watt: no power limit

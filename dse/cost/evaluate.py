@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from dse.cost.coefficients import Coefficients
+from dse.cost.goodput import Arrivals, Demand, OpenLoop, goodput, open_loop
 from dse.cost.memory import Memory, memory
+from dse.cost.openloop import resident
 from dse.cost.serving import Served, serve
 from dse.cost.shard import shard
 from dse.cost.types import Architecture, Device, Load, Number, Plan, Topology, pytree
@@ -47,6 +49,14 @@ class Estimate:
     served: Served
 
 
+@pytree
+class OpenEstimate(Estimate):
+    """An estimate and the same deployment under open load; memory is that of the requests then found in it."""
+
+    open: OpenLoop  # of one replica: at the rate given, else at the goodput
+    goodput: Number | None = None  # requests/s a GPU; None where not asked
+
+
 def gpus_of_replica(plan: Plan) -> Number:
     return plan.tp * plan.attention_dp * plan.cp * plan.pp
 
@@ -79,6 +89,21 @@ def estimate_sharded(x: Scenario, sharded: Any) -> Estimate:
         memory=fits,
         served=served,
     )
+
+
+def estimate_open(x: Scenario, sharded: Any, demand: Demand, best: bool = True) -> OpenEstimate:
+    """An estimate under open load as well. `best`: find the goodput, even where a rate is given."""
+    load = resident(x.load, demand.lengths)
+    held = memory(x.architecture, x.device, x.plan, load, x.coefficients)
+    base = estimate_sharded(x, sharded)
+    common = {**vars(base), "memory": held}
+    if demand.rate is None or best:
+        top = goodput(sharded, load, demand.lengths, held, demand.cv, demand.slo)
+        common["goodput"] = top.rate / gpus_of_replica(x.plan)
+        if demand.rate is None:
+            return OpenEstimate(**common, open=top)
+    arrivals = Arrivals(rate=demand.rate / x.plan.replicas, cv=demand.cv)
+    return OpenEstimate(**common, open=open_loop(sharded, load, demand.lengths, held, arrivals, demand.slo))
 
 
 @lru_cache(maxsize=1)

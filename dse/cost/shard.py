@@ -6,15 +6,13 @@ batch of the same plan costs a few multiply-adds. A sweep computes it once a pla
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import jax.numpy as jnp
 
 from dse.cost import collectives as coll
 from dse.cost.coefficients import Coefficients
-from dse.cost.collectives import Line, Lines
+from dse.cost.collectives import Fastest, Line, Lines
 from dse.cost.operators import GemmShape, shard_gemm
-from dse.cost.roofline import Roofline, gemm
+from dse.cost.roofline import Grouped, Roofline, gemm, grouped, rates
 from dse.cost.types import (
     Architecture,
     Core,
@@ -82,17 +80,15 @@ class MixerCost:
 
 @pytree
 class RoutedCost:
-    up: Roofline  # a copy; `touched` experts
-    down: Roofline
+    work: Grouped
     dense: tuple[Roofline, ...]  # latent projections
-    each: Number  # seconds a layer for the experts that a rank holds
     experts: Number
     top_k: Number
     down_share: Number  # share of the experts' work in the down projection (overlaps with the combine)
     imbalance: Number
     exchange: Number  # 1: tokens are dispatched; 0: every rank already holds them
-    dispatch: Line  # tokens a rank sends
-    combine: Line
+    dispatch: Fastest  # tokens a rank sends
+    combine: Fastest
     slice_gather: Lines  # MoE-TP: all-gather of received copies, reduce-scatter of results
     slice_bytes: Number  # a copy
 
@@ -122,17 +118,16 @@ class Sharded:
     c: Coefficients
 
 
-def _roof(
-    shape: GemmShape, part: str, plan: Plan, device: Device, c: Coefficients, expert_width: Number | None = None
-) -> Roofline:
+def _roof(shape: GemmShape, part: str, plan: Plan, device: Device, c: Coefficients) -> Roofline:
     p = plan.precision
     weight, act, rate = (getattr(p, f"{part}_{field}") for field in ("bytes", "act", "rate"))
-    return gemm(shape, weight, act, rate, device, c, expert_width)
+    return gemm(shape, weight, act, rate, device, c)
 
 
-def _present(shapes: list[GemmShape]) -> Number:
-    """How many of the (padded) matrices exist: kernels to launch."""
-    return sum((jnp.where(s.weights() > 0, 1.0, 0.0) for s in shapes), start=0.0)
+def _kernels(shapes: list[GemmShape], act_bytes: Number, c: Coefficients) -> Number:
+    """Kernels to launch for the (padded) matrices that exist, with the quantisation of their inputs."""
+    present = sum((jnp.where(s.weights() > 0, 1.0, 0.0) for s in shapes), start=0.0)
+    return present * (1.0 + jnp.where(act_bytes < 2.0, c.quantise_kernels, 0.0))
 
 
 def _core(core: Core, plan: Plan, device: Device, c: Coefficients) -> CoreCost:
@@ -146,7 +141,7 @@ def _core(core: Core, plan: Plan, device: Device, c: Coefficients) -> CoreCost:
         key=plan.precision.kv_bytes * core.kv_elements / jnp.minimum(plan.tp, core.kv_heads) / stream,
         token_prefill=2.0 * heads * dims / stream,
         token_decode=2.0 * heads * dims_decode / stream,
-        rematerialise=2.0 * core.rematerialise / plan.tp / (device.peak_bf16 * c.gemm_bf16),
+        rematerialise=2.0 * core.rematerialise / plan.tp / rates(device, c)[0],
     )
 
 
@@ -187,7 +182,7 @@ def stage_share(arch: Architecture, plan: Plan) -> Number:
 def _mixer(mixer: Mixer, share: Number, plan: Plan, device: Device, topology: Topology, c: Coefficients) -> MixerCost:
     core, state, indexer = mixer.core, mixer.state, mixer.indexer
     shapes = [shard_gemm(g, plan.tp, core.kv_heads if core is not None else 1.0) for g in mixer.gemms]
-    kernels = _present(shapes) + c.elementwise_kernels
+    kernels = _kernels(shapes, plan.precision.mixer_act, c) + c.elementwise_kernels
     if core is not None:
         kernels = kernels + jnp.where(core.kv_elements > 0, 1.0, 0.0)
     if indexer is not None:
@@ -242,32 +237,21 @@ def exchanges(plan: Plan) -> Number:
 def _routed(
     routed: Routed, hidden: Number, plan: Plan, device: Device, topology: Topology, c: Coefficients
 ) -> RoutedCost:
-    up, down = expert_shapes(routed, plan.moe_tp)
-    roofs = [_roof(s, "expert", plan, device, c, routed.width / plan.moe_tp) for s in (up, down)]
-    grouped = [
-        replace(r, compute_fixed=r.compute_fixed / c.grouped_gemm, compute_token=r.compute_token / c.grouped_gemm)
-        for r in roofs
-    ]
     ranks = coll.group(topology, plan.moe_ep, plan.moe_tp)
     slices = coll.group(topology, plan.moe_tp, 1.0)
     mode = 0.0 if plan.dispatch is None else plan.dispatch
     p = plan.precision
 
-    def travel(element: Number) -> Line:
-        return coll.dispatch(topology, ranks, routed, mode, routed.d_in * element, c)
-
     return RoutedCost(
-        up=grouped[0],
-        down=grouped[1],
+        work=grouped(routed, plan, device, c),
         dense=tuple(_roof(s, "ffn", plan, device, c) for s in extra_shapes(routed, hidden)),
-        each=jnp.where(routed.top_k > 0, c.expert_each * routed.experts / plan.moe_ep, 0.0),
         experts=routed.experts,
         top_k=routed.top_k,
         down_share=safe_divide(1.0, routed.matrices),
         imbalance=1.0 + (c.imbalance - 1.0) * (1.0 - 1.0 / plan.moe_ep),
         exchange=exchanges(plan) * jnp.where(routed.top_k > 0, 1.0, 0.0),
-        dispatch=travel(p.dispatch_bytes),
-        combine=travel(p.combine_bytes),
+        dispatch=coll.dispatch(topology, ranks, routed, mode, routed.d_in * p.dispatch_bytes, c),
+        combine=coll.combine(topology, ranks, routed, mode, routed.d_in * p.combine_bytes, c),
         slice_gather=coll.all_gather(topology, slices, c),
         slice_bytes=routed.d_in * (p.dispatch_bytes + p.combine_bytes),
     )
@@ -277,14 +261,15 @@ def _ffn(
     ffn: FeedForward, hidden: Number, share: Number, plan: Plan, device: Device, topology: Topology, c: Coefficients
 ) -> FeedForwardCost:
     shapes = dense_shapes(ffn, hidden, plan.tp)
-    kernels = _present(shapes)
+    kernels = _kernels(shapes, plan.precision.ffn_act, c)
     routed = ffn.routed
     reduce: Number = 1.0
     cost = None
     if routed is not None:
         has = jnp.where(routed.top_k > 0, 1.0, 0.0)
         cost = _routed(routed, hidden, plan, device, topology, c)
-        kernels = kernels + 5.0 * has + _present(extra_shapes(routed, hidden))  # router, top-k, permute, 2 GEMMs
+        extra = _kernels(extra_shapes(routed, hidden), plan.precision.ffn_act, c)
+        kernels = kernels + 5.0 * has + extra  # router, top-k, permute, 2 GEMMs
         reduce = 1.0 - cost.exchange
     return FeedForwardCost(
         count=ffn.count * share,

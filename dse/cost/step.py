@@ -157,11 +157,11 @@ def _sequence(cost: SequenceCost, core: CoreCost, batch: Batch, attention: Numbe
 
 def _experts(r: RoutedCost, tokens: _Tokens, s: Sharded) -> tuple[Number, Number, Number]:
     """Expert GEMMs on the busiest rank, dispatch and combine (seconds a layer)."""
-    plan, c = s.plan, s.c
+    plan = s.plan
     copies = tokens.group * r.top_k / plan.moe_ep
     touched = experts_touched(r.experts, r.top_k, tokens.group, plan.moe_ep)
     busiest = copies * r.imbalance
-    work = r.up(busiest, touched, c.rounding) + r.down(busiest, touched, c.rounding) + r.each
+    work = jnp.where(r.top_k > 0, r.work(busiest, touched), 0.0)
     slices = seconds(r.slice_gather, copies * r.slice_bytes) * 0.5
     travel = [r.exchange * (line(tokens.sent * r.imbalance) + slices) for line in (r.dispatch, r.combine)]
     return work, travel[0], travel[1]

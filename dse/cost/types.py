@@ -148,6 +148,9 @@ class Device:
     capacity: Number  # HBM, bytes
     power: Number  # W at load (TDP)
     price: Number  # USD an hour
+    sms: Number = 132.0  # SMs, compute units (an H100's where nobody said)
+    clock: Number = 1.83e9  # Hz
+    l2: Number = 50e6  # last-level cache, bytes
 
 
 @pytree
@@ -158,6 +161,7 @@ class Level:
     bandwidth: Number  # bytes/s a GPU a direction
     latency: Number  # s a hop
     oversubscription: Number = 1.0  # >= 1: bandwidth between units of this level is divided by it
+    rails: Number = 1.0  # 1: every GPU has its own way out of its unit; 0: a ring leaves a unit through one flow
 
 
 @pytree
@@ -215,6 +219,7 @@ class Plan:
 
 CP_METHODS = ("auto", "ulysses", "ring", "pass_kv", "pass_q")
 DISPATCHES = ("auto", "flat", "rank_dedup", "node_dedup", "node_limited")
+TRANSFERS = ("after_prefill", "layerwise", "free")  # of the KV cache between disaggregated pools
 OVERLAPS = ("none", "partial", "full", "two_batch", "shared_expert", "shallowsim")
 
 
@@ -245,6 +250,7 @@ __all__ = [
     "CP_METHODS",
     "DISPATCHES",
     "OVERLAPS",
+    "TRANSFERS",
     "Architecture",
     "Core",
     "Device",

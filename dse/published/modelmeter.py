@@ -300,9 +300,9 @@ def com_seconds(x: Case, topology: Topology, c: Coefficients, dispatch: Number =
     tokens = x.batch * x.seq_len
     mine = tokens / x.devices * x.capacity_factor
     experts: Number = 0.0
-    for element in (x.cast_bytes, x.gather_bytes):
-        line = coll.dispatch(topology, g, routed, dispatch, DEEPSEEK_R1.hidden * element, c)
-        experts = experts + sparse.count * (chunks * line.fixed + line.per_byte * mine)
+    for exchange, element in ((coll.dispatch, x.cast_bytes), (coll.combine, x.gather_bytes)):
+        time = exchange(topology, g, routed, dispatch, DEEPSEEK_R1.hidden * element, c)
+        experts = experts + sparse.count * chunks * time(mine / chunks)
     hop = coll.point_to_point(topology, g, c)
     received = sequence_gb(x, tokens, core.kv_elements, 0.0) / G
     ring = mixer.count * (chunks * (x.devices - 1.0) * hop.fixed + hop.per_byte * received)

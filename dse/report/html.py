@@ -128,7 +128,7 @@ def _plan(plan: PlanSummary, figures: dict[str, Figure]) -> str:
 <h3>Where the time of a step goes</h3>
 <p class="muted">Decode: running requests only. Mixed: a chunk of prompts beside them. Prefill: prompts only.
 Parts are as if nothing overlapped: what lies right of the red line is hidden by overlap and takes no time.</p>
-<figure><div id="steps" class="chart"></div></figure>{_grid(steps_grid(plan))}"""
+<figure><div id="steps" class="chart"></div></figure>{grid_html(steps_grid(plan))}"""
     if plan.memory is not None:
         figures["memory"] = memory_figure(plan.memory)
         text += _memory(plan, plan.memory)
@@ -140,7 +140,7 @@ def _memory(plan: PlanSummary, memory: MemoryUse) -> str:
     return f"""
 <h3>Memory of the fullest GPU</h3>
 <p class="muted">{number(memory.total)} of {number(memory.usable)} usable GiB; {left}.</p>
-<figure><div id="memory" class="chart"></div></figure>{_grid(memory_grid(plan, memory))}"""
+<figure><div id="memory" class="chart"></div></figure>{grid_html(memory_grid(plan, memory))}"""
 
 
 def _tile(plan: PlanSummary, name: str) -> str:
@@ -200,7 +200,8 @@ def _class(column: Column) -> str:
     return " class='n'" if column.numeric else ""
 
 
-def _grid(grid: Grid) -> str:
+def grid_html(grid: Grid) -> str:
+    """A table of finished text, without its title and caption."""
     kinds = [" class='n'" if right else "" for right in grid.right]
     heads = "".join(f"<th{k}>{escape(h)}</th>" for k, h in zip(kinds, grid.heads, strict=True))
     rows = "".join(
@@ -221,4 +222,4 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-__all__ = ["html"]
+__all__ = ["grid_html", "html"]

@@ -65,6 +65,26 @@ SETTINGS: Mapping[str, tuple[str, Any]] = MappingProxyType(
         "isl": ("isl", None),
         "osl": ("osl", None),
         "prefix_hit": ("prefix hit", 0),
+        "serving": ("serving", None),
+        "kv_transfer": ("KV transfer", "after_prefill"),
+        **{
+            f"{pool}_{column}": (f"{pool} {head}", usual)
+            for pool in ("prefill", "decode")
+            for column, head, usual in (
+                ("gpu", "GPU", None),
+                ("num_workers", "workers", None),
+                ("tp_size", "tp", 1),
+                ("pp_size", "pp", 1),
+                ("attention_dp_size", "attention_dp", 1),
+                ("cp_size", "cp", 1),
+                ("moe_ep_size", "ep", 1),
+                ("moe_tp_size", "moe_tp", 1),
+                ("weights", "weights", None),
+                ("kv", "kv", None),
+                ("chunk", "chunk", None),
+                ("overlap", "overlap", "none"),
+            )
+        },
     }
 )
 DEGREES = ("tp", "pp", "attention_dp", "cp", "moe_ep", "moe_tp")
@@ -112,6 +132,8 @@ def setting(value: Any) -> str:
     """A setting as a search space writes it: 16384, 0.9, fp8."""
     if isinstance(value, str) or value is None:
         return plain(value or "")
+    if math.isnan(float(value)):  # a setting that this plan does not have
+        return ""
     return f"{float(value):.0f}" if float(value).is_integer() else f"{float(value):g}"
 
 

@@ -131,6 +131,8 @@ def summarise_plan(row: Row, role: str, constraints: Sequence[tuple[str, str, fl
 def headline(row: Row, model: bool = True) -> str:
     """`Llama-3.1-70B on 2 × h100: tp 2, weights fp8, kv fp8, 87 in flight, chunk 1024, overlap partial`."""
     get = row.get
+    if is_split(row):
+        return _split_headline(row, model)
     degrees = [f"{SETTINGS[d][0]} {setting(get(d))}" for d in DEGREES if int(get(d, 1)) > 1] or ["tp 1"]
     replicas = int(get("replicas", 1))
     parts = [f"{replicas:,} replicas of {' · '.join(degrees)}" if replicas > 1 else " · ".join(degrees)]
@@ -148,6 +150,33 @@ def headline(row: Row, model: bool = True) -> str:
     return f"{place}: {', '.join(parts)}"
 
 
+def is_split(row: Row) -> bool:
+    """Whether a row is of a prefill and a decode pool."""
+    workers = row.get("prefill_num_workers")
+    return workers is not None and not pd.isna(workers)
+
+
+def _split_headline(row: Row, model: bool) -> str:
+    """`DeepSeek-V3 on 32 × h200: 2 prefill workers of attention_dp 8, ep 8, chunk 8192; 1 decode worker of ...`."""
+    pools = []
+    for pool in ("prefill", "decode"):
+        count = int(row[f"{pool}_num_workers"])
+        columns = [f"{pool}_{name}" for name in ("tp_size", "pp_size", "attention_dp_size", "cp_size", "moe_ep_size")]
+        degrees = [c for c in columns if int(row.get(c, 1)) > 1]
+        own = [f"{pool}_{name}" for name in ("weights", "kv", "chunk", "overlap")]
+        said = [c for c in own if c in row and _says_something(row, c)]
+        texts = [f"{SETTINGS[c][0].removeprefix(f'{pool} ')} {setting(row[c])}" for c in (*degrees, *said)]
+        gpu = f" on {plain(row[f'{pool}_gpu'])}" if " + " in str(row.get("gpu", "")) else ""
+        pools.append(f"{count:,} {pool} worker{'s' if count > 1 else ''}{gpu} of {', '.join(texts)}")
+    common = [c for c in ("speculation", "kv_transfer") if c in row and _says_something(row, c)]
+    texts = [*pools, *(f"{SETTINGS[c][0]} {setting(row[c])}" for c in common)]
+    if "concurrency" in row:
+        texts.append(f"{number(row['concurrency'])} in flight")
+    machine = f"{setting(row.get('gpus', 1))} × {plain(row.get('gpu', 'GPU'))}"
+    place = f"{plain(row.get('model', 'model'))} on {machine}" if model else machine
+    return f"{place}: {'; '.join(texts)}"
+
+
 def delivers(row: Row, metrics: Sequence[str]) -> str:
     """`903 tokens/s/GPU, TPOT 46.5 ms`."""
     return ", ".join(quantity(name, row[name]) for name in metrics if name in row)
@@ -155,7 +184,7 @@ def delivers(row: Row, metrics: Sequence[str]) -> str:
 
 def _says_something(row: Row, column: str) -> bool:
     """Whether a setting's value is not the one that goes without saying."""
-    return bool(row[column] != SETTINGS[column][1])
+    return bool(row[column] != SETTINGS[column][1]) and not pd.isna(row[column])
 
 
 def _limit(row: Row, metric: str, op: str, bound: float) -> Limit:

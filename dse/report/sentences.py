@@ -13,6 +13,7 @@ from dse.report.plan import Row, delivers, headline, row_at, summarise_plan
 from dse.search.result import Binding, SearchResult
 
 CLOSE = 0.9  # of a limit: this plan is held back by it
+WORTH = 0.005  # a gain that is told
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,14 @@ def headlines(
         return tuple(_nothing(result, least, funnel))
     first = row_at(result.front, 0)
     trade = _trade(result) if len(result.front) > 1 and len(result.objectives) > 1 else []
-    return (*_best(result), *trade, *_knee(result, first, knee), *_binds(result, first), *_passed(result, funnel))
+    return (
+        *_best(result),
+        *_split(result),
+        *trade,
+        *_knee(result, first, knee),
+        *_binds(result, first),
+        *_passed(result, funnel),
+    )
 
 
 def _best(result: SearchResult) -> list[Headline]:
@@ -49,6 +57,32 @@ def _best(result: SearchResult) -> list[Headline]:
         title = f"{'Lowest' if direction == 'min' else 'Highest'} {label(name).long}"
         found.append(Headline(title, f"{amount(name, row[name])} at {delivers(row, others)}", headline(row)))
     return found
+
+
+def _split(result: SearchResult) -> list[Headline]:
+    """Whether prefill and decode on pools of their own pay against undivided serving, and where."""
+    found = result.run.get("disaggregated", {})
+    if "metric" not in found:
+        return []
+    metric, pools, whole = found["metric"], found["disaggregated"], found["aggregated"]
+    what = label(metric)
+    if pools is None or whole is None:
+        text = (
+            "only undivided serving meets the limits" if pools is None else "undivided serving does not meet the limits"
+        )
+        return [Headline("Disaggregated", text)]
+    text = f"{found['gain']:+.1%} {what.unit or what.long} at the same targets"
+    text += f" ({number(pools)} against {number(whole)} of undivided serving)"
+    levels = [(level, gain) for level, gain in found.get("levels", []) if gain > WORTH]
+    if levels:
+        second = label(found["second"])
+        ends = [number(x) for x in (min(x for x, _ in levels), max(x for x, _ in levels))]
+        at, most = max(levels, key=lambda x: x[1])
+        span = f"between {ends[0]} and {ends[1]} {second.unit}" if ends[0] != ends[1] else f"at {ends[0]} {second.unit}"
+        text += f"; it pays {span} of {second.long}, by up to {percent(most)} at {amount(found['second'], at)}"
+    elif "levels" in found:
+        text += "; it pays nowhere along the front"
+    return [Headline("Disaggregated", text)]
 
 
 def _trade(result: SearchResult) -> list[Headline]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,30 @@ DELIVERED = ("output_tok_s_gpu", "tpot_ms", "ttft_ms", "tok_s_user", "usd_per_mt
 PLAN_COLUMNS = (
     *("model", "gpu", "cluster", "gpus", "replicas", "tp", "pp", "attention_dp", "cp", "moe_ep", "moe_tp", "weights"),
     *("kv", "concurrency", "static_batch", "chunk", "speculation", "overlap", "dispatch", "cp_method"),
-    *("sequence_parallel", "microbatches", "utilisation"),
+    *("sequence_parallel", "microbatches", "utilisation", "serving", "kv_transfer"),
+    *(
+        f"{pool}_{column}"
+        for pool in ("prefill", "decode")
+        for column in ("gpu", "num_workers", "tp_size", "attention_dp_size", "moe_ep_size", "kv", "chunk", "overlap")
+    ),
 )
 # What may colour the front, most telling first.
 GROUPINGS = (
-    *("gpu", "model", "cluster", "moe_ep", "tp", "gpus", "pp", "attention_dp", "cp", "weights", "kv", "speculation"),
+    *(
+        "serving",
+        "gpu",
+        "model",
+        "cluster",
+        "moe_ep",
+        "tp",
+        "gpus",
+        "pp",
+        "attention_dp",
+        "cp",
+        "weights",
+        "kv",
+        "speculation",
+    ),
     *("cp_method", "overlap", "replicas", "chunk"),
 )
 
@@ -199,12 +218,12 @@ def _table(
     if not len(frame):
         return Table((), (), (), (), 0)
     metrics = list(dict.fromkeys([*(name for name, _ in objectives), *DELIVERED]))
-    varying = [c for c in PLAN_COLUMNS if c in frame and c not in metrics and frame[c].nunique() > 1]
+    varying = [c for c in PLAN_COLUMNS if c in frame and c not in metrics and frame[c].nunique(dropna=False) > 1]
     if {"gpu", "cluster"} <= set(varying) and len(frame[["gpu", "cluster"]].drop_duplicates()) == frame[
         "gpu"
     ].nunique():
         varying.remove("cluster")  # it goes with the GPU
-    common = [c for c in PLAN_COLUMNS if c in frame and c not in metrics and frame[c].nunique() <= 1]
+    common = [c for c in PLAN_COLUMNS if c in frame and c not in metrics and frame[c].nunique(dropna=False) <= 1]
     keys = [c for c in metrics if c in frame] + varying
     heads = {c: label(c).short if c in metrics else SETTINGS[c][0] for c in keys}
     numeric = {c: bool(pd.api.types.is_numeric_dtype(frame[c])) for c in keys}
@@ -293,6 +312,7 @@ def _facts(result: SearchResult) -> tuple[tuple[str, str], ...]:
         ("legal", f"{result.legal:,}"),
         ("evaluated", f"{result.evaluated:,}" + (" (partial run)" if result.partial else "")),
         ("feasible", f"{result.feasible:,}"),
+        ("pairs of prefill and decode workers", _pairs(run)),
         ("time", f"{seconds(result.seconds)}, {rate(result.rate)} while sweeping"),
     ]
     if result.hypervolume_ratio is not None:
@@ -300,6 +320,11 @@ def _facts(result: SearchResult) -> tuple[tuple[str, str], ...]:
     versions = {**run.get("versions", {}), **({"python": run["python"]} if "python" in run else {})}
     facts.append(("versions", ", ".join(f"{plain(k)} {plain(v)}" for k, v in versions.items())))
     return tuple((name, text) for name, text in facts if text)
+
+
+def _pairs(run: Mapping[str, Any]) -> str:
+    found = run.get("disaggregated", {})
+    return f"{found['pairs']:,}, in {seconds(found['seconds'])}" if "pairs" in found else ""
 
 
 def _share(part: int, whole: int) -> float:

@@ -66,12 +66,17 @@ def markdown(summary: Summary, most: int = 50) -> str:
         lines.append(f"- **{_escaped(line.title)}**: {_escaped(line.text)}.{plan}")
     lines += ["", *(f"> {_escaped(note)}\n" for note in summary.notes)]
     for grid in grids(summary, most):
-        lines += [f"## {_escaped(grid.title)}", "", _row(grid.heads)]
-        lines.append(_row(["---:" if right else "---" for right in grid.right], escape=False))
-        lines += [_row(row) for row in grid.rows]
-        lines += ["", *([_escaped(grid.caption), ""] if grid.caption else [])]
+        lines += grid_markdown(grid)
     lines += ["## Run", "", *(f"- {name}: {_escaped(text)}" for name, text in summary.facts)]
     return "\n".join(lines) + "\n"
+
+
+def grid_markdown(grid: Grid) -> list[str]:
+    """Lines of one section: title, table, caption."""
+    lines = [f"## {_escaped(grid.title)}", "", _row(grid.heads)]
+    lines.append(_row(["---:" if right else "---" for right in grid.right], escape=False))
+    lines += [_row(row) for row in grid.rows]
+    return [*lines, "", *([_escaped(grid.caption), ""] if grid.caption else [])]
 
 
 def grids(summary: Summary, most: int, width: int | None = None) -> Iterator[Grid]:
@@ -197,4 +202,14 @@ def _escaped(text: str) -> str:
     return "".join(f"\\{c}" if c in "|*_`[]#" else c for c in text)
 
 
-__all__ = ["Grid", "front_grid", "funnel_grid", "grids", "markdown", "memory_grid", "render", "steps_grid"]
+__all__ = [
+    "Grid",
+    "front_grid",
+    "funnel_grid",
+    "grid_markdown",
+    "grids",
+    "markdown",
+    "memory_grid",
+    "render",
+    "steps_grid",
+]

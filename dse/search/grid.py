@@ -17,6 +17,7 @@ from dse.space.compile import CompiledSpace
 
 TILE = 65_536  # points a call: a few MiB of intermediates, whatever the space's size
 WIDEST = 1_024  # operating points of a tile
+OPEN_TILE = 4_096  # points a call under open load, which prices a plan at every node of its lengths
 
 Progress = Callable[[int, int], None]  # points done, points in all
 
@@ -34,7 +35,8 @@ class Tiling:
     def of(cls, space: CompiledSpace) -> Tiling:
         rows, columns = len(space.designs), len(space.operating)
         points = _even(columns, WIDEST)
-        return cls(designs=_even(rows, max(1, TILE // points)), points=points, rows=rows, columns=columns)
+        tile = TILE if space.workloads.demand is None else OPEN_TILE
+        return cls(designs=_even(rows, max(1, tile // points)), points=points, rows=rows, columns=columns)
 
     @property
     def shape(self) -> tuple[int, int]:

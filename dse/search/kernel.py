@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dse.cost.coefficients import Coefficients
-from dse.cost.evaluate import Estimate, Scenario, estimate_sharded
+from dse.cost.evaluate import Estimate, Scenario, estimate_open, estimate_sharded
+from dse.cost.goodput import Demand
 from dse.cost.shard import Sharded, shard
 from dse.cost.types import Architecture, Device, Load, Number, Plan, Precision, Topology, pytree
 from dse.search.metrics import MARGIN, VALUE, WORST, margins, signed
 from dse.search.pareto import spread, staircase
 from dse.space.compile import CompiledSpace
+from dse.space.metrics import OPEN
 from dse.space.tables import plans
 
 TRACES = {"tile": 0, "points": 0}  # a test counts them: one trace a sweep
@@ -36,6 +38,10 @@ class Questions:
 
     constraints: tuple[tuple[str, str], ...]  # (metric, "max" or "min"), in the order of the funnel
     objectives: tuple[tuple[str, str], ...]  # (metric, "min" or "max")
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        return frozenset(metric for metric, _ in (*self.constraints, *self.objectives))
 
     @classmethod
     def of(cls, space: CompiledSpace) -> Questions:
@@ -83,6 +89,7 @@ class Tables:
     osl: Number
     prefix_hit: Number
     weights: Number
+    demand: Demand | None  # None where no metric of an open loop is asked
     designs_count: Number
     loads_count: Number
 
@@ -118,12 +125,12 @@ def tables(space: CompiledSpace, coefficients: Coefficients, dtype: Any) -> Tabl
         draft_tokens=o.draft_tokens if o.draft_tokens.any() else None,
         static_batch=o.static_batch if o.static_batch.any() else None,
     )
-    machines = len(space.machines)
+    kinds = (len(space.machines), len(space.models))
     return Tables(
         architectures=real(space.architectures),
         devices=real(space.devices),
         topologies=real(space.topologies),
-        coefficients=real(jax.tree.map(lambda leaf: np.broadcast_to(leaf, (machines,)), coefficients)),
+        coefficients=real(jax.tree.map(lambda leaf: np.broadcast_to(leaf, kinds), coefficients)),
         precisions=real(space.precisions),
         designs=Design(
             model=d.model.astype(np.int32),
@@ -137,6 +144,7 @@ def tables(space: CompiledSpace, coefficients: Coefficients, dtype: Any) -> Tabl
         osl=np.asarray(w.osl, dtype),
         prefix_hit=np.asarray(w.prefix_hit, dtype),
         weights=np.asarray(w.weight, dtype),
+        demand=None if w.demand is None or not Questions.of(space).metrics & set(OPEN) else real(w.demand),
         designs_count=np.int32(len(d)),
         loads_count=np.int32(q),
     )
@@ -182,7 +190,7 @@ def scenario(t: Tables, design: Design, load: Load | None) -> Scenario:
         topology=_at(t.topologies, design.machine),
         plan=design.plan,
         load=load,  # type: ignore[arg-type]
-        coefficients=replace(_at(t.coefficients, design.machine), utilisation=design.utilisation),
+        coefficients=replace(_at(t.coefficients, (design.machine, design.model)), utilisation=design.utilisation),
     )
 
 
@@ -191,14 +199,17 @@ def shard_design(t: Tables, design: Design) -> Sharded:
     return shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
 
 
-def price(t: Tables, design: Design, sharded: Sharded, load: Load) -> Estimate:
+def price(t: Tables, design: Design, sharded: Sharded, load: Load, asked: Questions) -> Estimate:
     """Estimate of one design and operating point for every workload of the mix: leaves (W,)."""
 
-    def one(isl: Number, osl: Number, prefix_hit: Number) -> Estimate:
+    def one(isl: Number, osl: Number, prefix_hit: Number, demand: Demand | None) -> Estimate:
         full = replace(load, isl=isl, osl=osl, prefix_hit=prefix_hit)
-        return estimate_sharded(scenario(t, design, full), sharded)
+        x = scenario(t, design, full)
+        if demand is None:
+            return estimate_sharded(x, sharded)
+        return estimate_open(x, sharded, demand, best="goodput_req_s_gpu" in asked.metrics)
 
-    return jax.vmap(one)(t.isl, t.osl, t.prefix_hit)
+    return jax.vmap(one)(t.isl, t.osl, t.prefix_hit, t.demand)
 
 
 def judge(estimate: Estimate, weights: Number, bounds: Number, asked: Questions) -> tuple[Number, Number]:
@@ -239,7 +250,7 @@ def tile_kernel(
     design, sharded = jax.lax.optimization_barrier((design, sharded))
 
     def point(d: Design, s: Sharded, one: Load) -> tuple[Number, Number]:
-        return judge(price(t, d, s, one), t.weights, target.bounds, asked)
+        return judge(price(t, d, s, one, asked), t.weights, target.bounds, asked)
 
     objectives, excess = jax.vmap(jax.vmap(point, (None, None, 0)), (0, 0, None))(design, sharded, load)
     objectives, excess = jax.lax.optimization_barrier((objectives, excess))
@@ -294,7 +305,7 @@ def point_kernel(asked: Questions, t: Tables, rows: Number, columns: Number, bou
 
     def one(row: Number, column: Number) -> Any:
         design = design_at(t, row)
-        estimate = price(t, design, shard_design(t, design), _at(t.loads, column))
+        estimate = price(t, design, shard_design(t, design), _at(t.loads, column), asked)
         objectives, excess = judge(estimate, t.weights, bounds, asked)
         return estimate, objectives, excess
 

@@ -17,11 +17,13 @@ from dse.cost.coefficients import Coefficients
 from dse.cost.types import stack
 from dse.errors import InputError
 from dse.search.grid import Progress, Swept, Tiling, sweep
+from dse.search.intervals import with_intervals
 from dse.search.metrics import signed
 from dse.search.pareto import distinct, front, hypervolume
 from dse.search.recheck import Rechecked, recheck
 from dse.search.result import Binding, SearchResult
 from dse.space.compile import CompiledSpace, compile_space
+from dse.space.intervals import uncertainty_of
 from dse.space.schema import SpaceSpec
 
 SAMPLERS = ("grid", "tpe", "nsga2", "random")
@@ -39,30 +41,65 @@ def search(
     coefficients: CoefficientSet | Coefficients | None = None,
     compare: bool = True,
     progress: Progress | None = None,
+    intervals: bool = False,
 ) -> SearchResult:
     """Search a space. `grid` prices every legal point; the others sample `trials` of them with Optuna.
 
     A sampled front is compared with the exhaustive one where the space has at most 20 million points (`compare`).
     `coefficients`: a set (by default the best one that is shipped), or plain coefficients for every machine.
-    Raises InputError for an unknown sampler or engine, or a space with no legal plan.
+    `intervals`: rows also have the ends between which 90% of measurements are to lie (`ttft_ms_low`, ...).
+    Raises InputError for an unknown sampler or engine, a space with no legal plan, or intervals asked of coefficients
+    that do not say how sure they are.
     """
     for value, allowed, what in ((sampler, SAMPLERS, "sampler"), (engine, ENGINES, "engine")):
         if value not in allowed:
             raise InputError(f"--{what}: {value!r} is not known (allowed: {', '.join(allowed)})")
+    if spec.disaggregated is not None:
+        return _with_pools(spec, sampler, engine, seed, coefficients, progress, intervals)
+    sure = _sure(coefficients) if intervals else None
     space = compile_space(spec)
     c = of_machines(space, coefficients)
     started = time.perf_counter()
     if sampler == "grid":
         found = _exhaustive(space, c, engine, progress)
-        return _named(finish(space, c, found, "grid", time.perf_counter() - started), coefficients)
+        return _named(finish(space, c, found, "grid", time.perf_counter() - started, sure=sure), coefficients)
     from dse.search.sample import sample
 
     found = sample(space, c, sampler, trials, seed, progress)
-    result = finish(space, c, found, sampler, time.perf_counter() - started, seed=seed)
+    result = finish(space, c, found, sampler, time.perf_counter() - started, seed=seed, sure=sure)
     if compare and space.legal <= COMPARABLE and not found.partial and len(result.front):
         whole = recheck(space, c, sweep(space, c).front.indices)
         result = replace(result, hypervolume_ratio=_ratio(result, whole))
     return _named(result, coefficients)
+
+
+def _with_pools(
+    spec: SpaceSpec,
+    sampler: str,
+    engine: str,
+    seed: int,
+    coefficients: CoefficientSet | Coefficients | None,
+    progress: Progress | None,
+    intervals: bool,
+) -> SearchResult:
+    """Pools exhaustively, against undivided serving at the same targets unless the space says otherwise."""
+    from dse.search.pool_result import joined, search_pools
+    from dse.space.pool_space import compile_pools
+
+    for wrong, text in (
+        (sampler != "grid", f"--sampler: {sampler!r} does not search `disaggregated` (allowed: grid)"),
+        (intervals, "--intervals: are not known of `disaggregated`; leave one of them out"),
+    ):
+        if wrong:
+            raise InputError(f"{spec.where}: {text}")
+    pools = compile_pools(spec)
+    c = of_machines(pools.prefill, coefficients), of_machines(pools.decode, coefficients)
+    split = _named(search_pools(pools, c, BEST), coefficients)
+    if spec.disaggregated is None or not spec.disaggregated.aggregated:
+        return split
+    undivided = spec.model_copy(update={"disaggregated": None})
+    whole = search(undivided, engine=engine, seed=seed, coefficients=coefficients, progress=progress)
+    return joined(split, whole, BEST)
 
 
 def _named(result: SearchResult, coefficients: CoefficientSet | Coefficients | None) -> SearchResult:
@@ -72,11 +109,18 @@ def _named(result: SearchResult, coefficients: CoefficientSet | Coefficients | N
 
 
 def of_machines(space: CompiledSpace, coefficients: CoefficientSet | Coefficients | None) -> Coefficients:
-    """Coefficients of every machine of a space (leaves (machines,)); by default of the best set there is."""
+    """Coefficients of every machine with every model, leaves (machines, models); by default of the best set."""
     if isinstance(coefficients, Coefficients):
         return coefficients
     chosen = coefficients or coefficient_set()
-    return stack([chosen.of(machine.gpu.generation, machine.gpu.name) for machine in space.machines])
+    of = [
+        stack([chosen.of(machine.gpu.generation, machine.gpu.name, model=model.name) for model in space.models])
+        for machine in space.machines
+    ]
+    stacked = stack(of)
+    # Without an engine no prompt goes first: None spares the program the step that prices it.
+    first = stacked.prefill_priority is not None and np.any(stacked.prefill_priority)
+    return stacked if first else replace(stacked, prefill_priority=None)
 
 
 def _exhaustive(space: CompiledSpace, c: Coefficients, engine: str, progress: Progress | None) -> Swept:
@@ -87,10 +131,25 @@ def _exhaustive(space: CompiledSpace, c: Coefficients, engine: str, progress: Pr
     return sweep_dask(space.spec, c, Tiling.of(space), BEST, progress)
 
 
+def _sure(coefficients: CoefficientSet | Coefficients | None) -> CoefficientSet:
+    """The set that intervals are taken from."""
+    if isinstance(coefficients, Coefficients):
+        raise InputError("intervals: plain coefficients do not say how sure they are; give a coefficient set")
+    chosen = coefficients or coefficient_set()
+    uncertainty_of(chosen)  # before the work, not after
+    return chosen
+
+
 def finish(
-    space: CompiledSpace, c: Coefficients, found: Swept, sampler: str, seconds: float, seed: int | None = None
+    space: CompiledSpace,
+    c: Coefficients,
+    found: Swept,
+    sampler: str,
+    seconds: float,
+    seed: int | None = None,
+    sure: CoefficientSet | None = None,
 ) -> SearchResult:
-    """Recheck survivors in float64 and lay out the result."""
+    """Recheck survivors in float64 and lay out the result; with intervals by the set `sure`."""
     kept = recheck(space, c, found.front.indices)
     feasible = kept.feasible if len(kept.indices) else np.zeros(0, bool)
     rows = kept.rows[feasible].assign(ties=found.front.ties[feasible]) if len(kept.indices) else kept.rows
@@ -102,6 +161,12 @@ def finish(
         funnel += (("evaluated", found.evaluated),)
     funnel += tuple(zip(stages, (int(n) for n in found.passed), strict=True))
     best = np.argsort(values[:, 0], kind="stable")[:BEST] if len(values) else np.zeros(0, np.int64)
+
+    def written(which: np.ndarray) -> pd.DataFrame:
+        frame = rows.iloc[which].reset_index(drop=True)
+        flat = kept.indices[feasible][which]
+        return frame if sure is None else with_intervals(frame, flat, space, c, sure)
+
     least: pd.DataFrame | None = None
     binding: tuple[Binding, ...] = ()
     if not len(values) and (len(kept.indices) or found.least[1] >= 0):
@@ -113,8 +178,8 @@ def finish(
         sampler=sampler,
         objectives=tuple(space.objectives),
         constraints=tuple((x.metric, x.op, x.bound) for x in space.constraints),
-        front=rows.iloc[on_front].reset_index(drop=True),
-        candidates=rows.iloc[best].reset_index(drop=True),
+        front=written(on_front),
+        candidates=written(best),
         funnel=funnel,
         cuts=dict(space.cuts),
         enumerated=space.enumerated,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,16 +13,19 @@ import pandas as pd
 
 from dse.catalog import hardware
 from dse.catalog.align import align
-from dse.catalog.coefficients import CoefficientSet
+from dse.catalog.coefficients import LEVELS, CoefficientSet, version_key
 from dse.catalog.model_schema import ModelEntry
 from dse.catalog.models import model, to_architecture
 from dse.catalog.precision import resolve
 from dse.catalog.schema import GpuEntry
-from dse.cost.evaluate import Estimate, Scenario, estimate
+from dse.cost.evaluate import Scenario, estimate
+from dse.cost.pools import Split, Transfer, estimate_split
 from dse.cost.types import OVERLAPS, Device, Load, Plan, Precision, stack
 from dse.errors import InputError, unknown
+from dse.space import pools
 from dse.space.columns import columns
 from dse.space.facts import facts
+from dse.space.intervals import Known, interval_columns
 
 REQUIRED = ("model", "gpu", "isl", "osl")
 BLOCK = 65_536  # rows a call
@@ -40,30 +43,57 @@ class Case:
     gpu: GpuEntry
     cluster: str
     engine: str
+    version: str  # `version_key` of the engine
     precision: Precision
     plan: dict[str, float]
     load: Load
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """Level of a coefficient set -> this case's key."""
+        keys = (self.gpu.generation, self.gpu.name, self.engine, self.version, self.entry.name)
+        return dict(zip(LEVELS, keys, strict=True))
 
-def estimate_cases(cases: pd.DataFrame, coefficients: CoefficientSet) -> pd.DataFrame:
+
+@dataclass(frozen=True)
+class SplitCase:
+    """One valid row of a split deployment: a worker of each pool, and how many of them."""
+
+    prefill: Case
+    decode: Case
+    workers: tuple[float, float]
+    transfer: Transfer
+    ffn: Case | None = None  # the experts' GPUs of a decode worker, where they are its own
+    micro_batches: float = 1.0
+
+
+def estimate_cases(cases: pd.DataFrame, coefficients: CoefficientSet, intervals: bool = False) -> pd.DataFrame:
     """The input columns, then the contract's: one row in, one row out, same order (float64).
 
     Unknown columns pass through unread. Raises InputError only where no row could be read at all: required columns
-    missing. Rows that cannot be priced have `feasible` False and a `reason`.
+    missing. Rows that cannot be priced have `feasible` False and a `reason`. `intervals`: also the ends between which
+    90% of measurements are to lie (`ttft_ms_low`, `ttft_ms_high`, ...; split deployments have none).
     """
     missing = [name for name in REQUIRED if name not in cases.columns]
     if missing:
         what = f"column{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
         raise InputError(f"cases: {what} missing (required: {', '.join(REQUIRED)})")
-    rows = parse_cases(cases)
-    valid = [i for i, row in enumerate(rows) if isinstance(row, Case)]
-    priced = _price([row for row in rows if isinstance(row, Case)], coefficients) if valid else {}
-    names = list(priced) or list(columns_of_nothing())
+    rows = [_parse(row, _any_case) for row in _records(cases)]
+    whole = [i for i, row in enumerate(rows) if isinstance(row, Case)]
+    split = [i for i, row in enumerate(rows) if isinstance(row, SplitCase) and row.ffn is None]
+    apart = [i for i, row in enumerate(rows) if isinstance(row, SplitCase) and row.ffn is not None]
+    priced = [(whole, _price([row for row in rows if isinstance(row, Case)], coefficients, intervals))] if whole else []
+    for where in (split, apart):
+        if where:
+            chosen = [row for row in (rows[i] for i in where) if isinstance(row, SplitCase)]
+            priced.append((where, _price_split(chosen, coefficients)))
+    names = dict.fromkeys(name for _, found in priced for name in found) or dict.fromkeys(columns_of_nothing())
     result: dict[str, Any] = {}
     for name in names:
         filled = np.full(len(rows), np.nan, dtype=object if name in _TEXT else float)
-        if valid:
-            filled[valid] = priced[name]
+        for where, found in priced:
+            if name in found:
+                filled[where] = found[name]
         result[name] = filled
     for i, row in enumerate(rows):
         if isinstance(row, str):
@@ -81,43 +111,79 @@ def columns_of_nothing() -> Iterable[str]:
 
 
 def parse_cases(cases: pd.DataFrame) -> list[Case | str]:
-    """Each row looked up, or why it cannot be priced."""
-    return [_parse(row) for row in _records(cases)]
+    """Each row looked up, or why it cannot be priced; undivided deployments only."""
+    return [_parse(row, _case) for row in _records(cases)]
 
 
 def _records(cases: pd.DataFrame) -> list[dict[str, str]]:
     """Rows as text, missing cells as ""; whole numbers lose a spurious `.0`."""
-    known = [name for name in cases.columns if name in _READ or name in _SPLIT]
+    known = [name for name in cases.columns if name in _READ or name in pools.COLUMNS]
     text = cases[known].astype(object).where(cases[known].notna(), "")
     return [{str(k): str(v).strip() for k, v in row.items()} for row in text.to_dict("records")]
 
 
-# Columns of a deployment split into a prefill and a decode pool.
-_SPLIT = frozenset(
-    f"{pool}_{what}"
-    for pool in ("prefill", "decode")
-    for what in ("num_workers", *(f"{x}_size" for x in ("tp", "pp", "attention_dp", "moe_tp", "moe_ep")))
-)
 _READ = frozenset(
     (
         *REQUIRED,
         *_COUNTS,
-        *("cluster", "engine", "weights", "kv", "moe_tp", "moe_ep", "prefix_hit", "speculation", "overlap"),
+        *("cluster", "engine", "engine_version", "weights", "kv", "moe_tp", "moe_ep", "prefix_hit"),
+        *("speculation", "overlap"),
     )
 )
 
 
-def _parse(row: dict[str, str]) -> Case | str:
+Parsed = TypeVar("Parsed", bound=Case | SplitCase)
+
+
+def _parse(row: dict[str, str], look_up: Callable[[dict[str, str]], Parsed]) -> Parsed | str:
     """A looked-up case, or why the row cannot be priced."""
     try:
-        return _case(row)
+        return look_up(row)
     except InputError as error:
         return str(error)
 
 
+def _any_case(row: dict[str, str]) -> Case | SplitCase:
+    return _split_case(row) if pools.is_split(row) else _case(row)
+
+
+def _split_case(row: dict[str, str]) -> SplitCase:
+    """Both pools looked up as deployments of their own, each carrying the whole deployment's requests in flight."""
+    parts = pools.take_apart(row)
+    load = _number(row, "concurrency", 1.0, low=1.0)  # a mean number in flight need not be whole
+    found = []
+    for pool in pools.POOLS:
+        try:
+            case = _case(getattr(parts, pool))
+        except InputError as error:
+            raise pools.pool_message(pool, error) from None
+        found.append(replace(case, load=replace(case.load, concurrency=load)))
+    name = f"_{pools.WORKERS}"
+    counts = {pool + name: text for pool, text in zip(pools.POOLS, parts.workers, strict=True)}
+    workers = tuple(_number(counts, column, None, low=1.0, whole=True) for column in counts)
+    ffn, micro_batches = _experts(parts, found[1])
+    return SplitCase(found[0], found[1], (workers[0], workers[1]), parts.transfer(found[0].engine), ffn, micro_batches)
+
+
+def _experts(parts: pools.SplitRow, decode: Case) -> tuple[Case | None, float]:
+    """The experts' GPUs of a decode worker, and its micro-batches."""
+    texts = {pools.FFN_GPUS: parts.ffn_gpus, pools.MICRO_BATCHES: parts.micro_batches}
+    gpus = _number(texts, pools.FFN_GPUS, 0.0, low=0.0, whole=True)
+    if not gpus:
+        return None, 1.0
+    experts = facts([decode.entry]).experts_of[0]
+    if not facts([decode.entry]).moe[0] or experts % gpus:
+        allowed = (
+            f"allowed: 0, or what divides its {experts} experts" if experts > 1 else "allowed: 0, it has no experts"
+        )
+        raise InputError(f"{pools.FFN_GPUS}: {gpus:g} for {decode.entry.name} ({allowed})")
+    case = replace(_case(parts.ffn(gpus)), load=decode.load)
+    return case, _number(texts, pools.MICRO_BATCHES, None, low=1.0, high=64.0, whole=True)
+
+
 def _case(row: dict[str, str]) -> Case:
-    if any(row.get(name) for name in _SPLIT):
-        raise InputError("split deployments (prefill_* and decode_* columns) cannot be priced yet")
+    if pools.is_split(row):
+        raise InputError("a split deployment (prefill_* and decode_* columns); only `dse estimate` prices these")
     if not row["model"]:
         raise InputError("model: is empty (required)")
     entry, gpu = model(row["model"]), hardware.gpu(row["gpu"])
@@ -132,6 +198,7 @@ def _case(row: dict[str, str]) -> Case:
         gpu=gpu,
         cluster=hardware.cluster(row.get("cluster") or gpu.default_cluster).name,
         engine=row.get("engine", "").lower(),
+        version=version_key(row.get("engine", "").lower(), row.get("engine_version", "")),
         precision=_precision(entry.name, gpu.name, row.get("weights") or "native", row.get("kv") or "auto"),
         plan={
             **degrees,
@@ -219,22 +286,56 @@ def _draft(text: str, entry: ModelEntry) -> float:
 # ------------------------------------------------------------------------------------------- pricing
 
 
-def _price(cases: Sequence[Case], coefficients: CoefficientSet) -> dict[str, np.ndarray]:
-    """All cases in one batch of one structure, padded to a power of two so that few shapes are ever compiled."""
+def _price(cases: Sequence[Case], coefficients: CoefficientSet, intervals: bool = False) -> dict[str, np.ndarray]:
+    """All cases in one batch of one structure."""
     with jax.enable_x64(True):
         scenarios = scenarios_of(cases, coefficients)
-        parts = []
-        for start in range(0, len(cases), BLOCK):
-            count = min(BLOCK, len(cases) - start)
-            size = max(16, 1 << (count - 1).bit_length())
-            index = np.minimum(np.arange(start, start + size), len(cases) - 1)
-            result = estimate(jax.tree.map(lambda leaf, i=index: leaf[i], scenarios))
-            parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], result))
-    whole: Estimate = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        whole = _in_blocks(estimate, scenarios, len(cases))
     concurrency = np.array([case.load.concurrency for case in cases])
     priced = columns(whole, concurrency, np.array([case.plan["attention_dp"] for case in cases]))
-    known = [coefficients.known(case.gpu.generation, case.gpu.name, case.engine) for case in cases]
+    if intervals:
+        priced |= interval_columns(priced, scenarios, [Known(c.entry.name, c.keys) for c in cases], coefficients)
+    known = [coefficients.known(*case.keys.values()) for case in cases]
     return {**priced, "coefficients": np.array(known, dtype=object)}
+
+
+def _in_blocks(price: Callable[[Any], Any], batch: Any, rows: int) -> Any:
+    """A batch priced in blocks padded to powers of two, so that few shapes are ever compiled."""
+    parts = []
+    for start in range(0, rows, BLOCK):
+        count = min(BLOCK, rows - start)
+        size = max(16, 1 << (count - 1).bit_length())
+        index = np.minimum(np.arange(start, start + size), rows - 1)
+        result = price(jax.tree.map(lambda leaf, i=index: leaf[i], batch))
+        parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], result))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _price_split(cases: Sequence[SplitCase], coefficients: CoefficientSet) -> dict[str, np.ndarray]:
+    """All split deployments in one batch; `coefficients` says the levels that spoke for each pool."""
+    with jax.enable_x64(True):
+        splits = splits_of(cases, coefficients)
+        priced = pools.split_columns(_in_blocks(estimate_split, splits, len(cases)))
+    known = [
+        " | ".join(dict.fromkeys(coefficients.known(*case.keys.values()) for case in (split.prefill, split.decode)))
+        for split in cases
+    ]
+    return {**priced, "coefficients": np.array(known, dtype=object)}
+
+
+def splits_of(cases: Sequence[SplitCase], coefficients: CoefficientSet) -> Split:
+    """The batch of some split deployments: leaves (n,). All of them split attention and FFN once more, or none."""
+    ffn = [case.ffn for case in cases if case.ffn is not None]
+    return Split(
+        prefill=scenarios_of([case.prefill for case in cases], coefficients),
+        decode=scenarios_of([case.decode for case in cases], coefficients),
+        prefill_workers=np.array([case.workers[0] for case in cases]),
+        decode_workers=np.array([case.workers[1] for case in cases]),
+        transfer=stack([case.transfer for case in cases]),
+        ffn=scenarios_of(ffn, coefficients) if ffn else None,
+        micro_batches=np.array([case.micro_batches for case in cases]) if ffn else None,
+        apart=np.array([float(case.prefill.cluster != case.decode.cluster) for case in cases]),
+    )
 
 
 def scenarios_of(cases: Sequence[Case], coefficients: CoefficientSet) -> Scenario:
@@ -272,8 +373,8 @@ def scenarios_of(cases: Sequence[Case], coefficients: CoefficientSet) -> Scenari
             acceptance=np.full(n, Load.acceptance),
         ),
         coefficients=gather(
-            lambda c: (c.gpu.name, c.engine),
-            lambda some: stack([coefficients.of(c.gpu.generation, c.gpu.name, c.engine) for c in some]),
+            lambda c: (c.gpu.name, c.engine, c.version),
+            lambda some: stack([coefficients.of(*c.keys.values()) for c in some]),
         ),
     )
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dse.cost.evaluate import Estimate
+from dse.cost.evaluate import Estimate, OpenEstimate
+from dse.cost.goodput import OpenLoop
 from dse.cost.memory import Memory
 from dse.cost.step import Step
 from dse.units import GIB, MS
@@ -62,6 +63,28 @@ def columns(estimate: Estimate, concurrency: Array, attention_dp: Array) -> dict
     for part in MEMORY_PARTS:
         result[f"{part}_gib"] = np.asarray(getattr(memory, part)) / GIB
     result["usable_gib"] = np.asarray(memory.usable) / GIB
+    if isinstance(estimate, OpenEstimate):
+        if estimate.goodput is not None:
+            result["goodput_req_s_gpu"] = estimate.goodput
+        result |= open_columns(estimate.open)
+    return {name: np.asarray(values) for name, values in result.items()}
+
+
+def open_columns(load: OpenLoop) -> dict[str, Array]:
+    """A replica under open load: at the rate asked for, or at its goodput."""
+    seconds = ("wait", "ttft_p50", "ttft_p90", "ttft_p99", "tpot_p90", "tpot_p99")
+    result = {
+        "open_req_s": load.rate,
+        "capacity_req_s": load.capacity,
+        "open_utilisation": load.utilisation,
+        "open_running": load.running,
+        "open_ttft_ms": np.asarray(load.ttft) / MS,
+        "open_tpot_ms": np.asarray(load.tpot) / MS,
+        "open_e2e_ms": np.asarray(load.e2e) / MS,
+        **{f"{name}_ms": np.asarray(getattr(load, name)) / MS for name in seconds},
+        "attainment": load.attainment,
+        "stable": np.asarray(load.stable, float),
+    }
     return {name: np.asarray(values) for name, values in result.items()}
 
 

@@ -18,6 +18,7 @@ from dse.catalog import precision as formats
 from dse.catalog.align import align
 from dse.catalog.model_schema import ModelEntry
 from dse.catalog.models import model, to_architecture
+from dse.cost.goodput import Demand
 from dse.cost.types import CP_METHODS, DISPATCHES, OVERLAPS, Architecture, Device, Precision, Topology, stack
 from dse.errors import InputError
 from dse.space.degrees import degrees
@@ -25,6 +26,7 @@ from dse.space.facts import Facts, facts
 from dse.space.legal import Degrees, Enumeration, Rules, enumerate_designs
 from dse.space.load import together
 from dse.space.machines import Machine, machines
+from dse.space.open_load import demand_of, open_problems
 from dse.space.schema import SpaceSpec
 
 Array = np.ndarray
@@ -92,6 +94,7 @@ class Workloads:
     osl: Array
     prefix_hit: Array
     weight: Array
+    demand: Demand | None = None  # leaves (W,) and (W, n): open load, where a metric of it is asked
 
     def __len__(self) -> int:
         return len(self.isl)
@@ -141,6 +144,7 @@ def compile_space(spec: SpaceSpec) -> CompiledSpace:
     shapes = facts(entries)
     fits, problems = _contexts(spec, shapes)
     problems += _drafts(spec, shapes)
+    problems += open_problems(spec)
     values, more = degrees(spec, shapes, found)
     if problems or more:
         raise together(spec.where, problems + more)
@@ -299,6 +303,7 @@ def _workloads(spec: SpaceSpec) -> Workloads:
         osl=np.array([w.osl for w in spec.workloads], np.float64),
         prefix_hit=np.array([w.prefix_hit for w in spec.workloads], np.float64),
         weight=weight / weight.sum(),
+        demand=demand_of(spec),
     )
 
 

@@ -22,7 +22,16 @@ METRICS = MappingProxyType(
         "gpus": Metric("GPUs", "min"),
         "usd_per_mtok": Metric("USD", "min"),
         "memory_gib": Metric("GiB", "min"),
+        # under open load (workloads with `slo`, and perhaps `arrivals`)
+        "goodput_req_s_gpu": Metric("requests/s", "max"),
+        "ttft_p90_ms": Metric("ms", "min"),
+        "ttft_p99_ms": Metric("ms", "min"),
+        "tpot_p90_ms": Metric("ms", "min"),
+        "attainment": Metric("fraction", "max"),
     }
 )
 
-__all__ = ["METRICS", "Metric"]
+# What only an open loop has: at the given rate, or without one at the goodput.
+OPEN = ("goodput_req_s_gpu", "ttft_p90_ms", "ttft_p99_ms", "tpot_p90_ms", "attainment")
+
+__all__ = ["METRICS", "OPEN", "Metric"]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from dse.catalog.precision import ACTIVATIONS, KV_FORMATS, WEIGHTS
-from dse.cost.types import CP_METHODS, DISPATCHES, OVERLAPS
+from dse.cost.types import CP_METHODS, DISPATCHES, OVERLAPS, TRANSFERS
 from dse.space import values as v
 from dse.space.metrics import METRICS
 
@@ -137,13 +137,67 @@ ALIASES = {
 EXCLUSIVE = (("concurrency", ("batch",)), ("overlap", ("overlap_prefill", "overlap_decode")))
 
 
+class Arrivals(Strict):
+    """Requests to the whole deployment: `rate` a second (left out: as many as meet the `slo`), and how bursty.
+
+    `cv`: coefficient of variation of the gaps (1: Poisson), or `trace`, that of the workload's trace.
+    """
+
+    rate: Annotated[float | None, _amount("requests/s", open_low=True)] = None
+    cv: Annotated[float | Literal["trace"], BeforeValidator(lambda x: x if x == "trace" else _burst(x))] = 1.0
+
+
+def _burst(value: Any) -> float:
+    return v.number(value, "", 0.3, 5.0)
+
+
+class Slo(Strict):
+    """What a request's TTFT and TPOT must both meet, and the share of requests that must."""
+
+    ttft_ms: Annotated[float, _amount("ms", open_low=True)]
+    tpot_ms: Annotated[float, _amount("ms", open_low=True)]
+    attainment: Annotated[float, BeforeValidator(lambda x: v.number(x, "fraction", 0.01, 0.999))] = 0.9
+
+
 class Workload(Strict):
-    """Requests of `isl` prompt and `osl` output tokens; `weight` is this kind's share of a mix (any scale)."""
+    """Requests of `isl` prompt and `osl` output tokens; `weight` is this kind's share of a mix (any scale).
+
+    Under open load (`slo`, `arrivals`) lengths may vary: `isl: {mean, cv}`, lognormal, with the `correlation` of their
+    logarithms, or those of a `trace`, a CSV file. What is not asked of an open loop is priced at the means.
+    """
 
     isl: Annotated[int, _whole("tokens")]
     osl: Annotated[int, _whole("tokens")]
     prefix_hit: Annotated[float, _amount("fraction", 0.0, 1.0)] = 0.0
     weight: Annotated[float, _amount("fraction", open_low=True)] = 1.0
+    isl_cv: Annotated[float, _amount("", 0.0, 3.0)] = 0.0
+    osl_cv: Annotated[float, _amount("", 0.0, 3.0)] = 0.0
+    correlation: Annotated[float, BeforeValidator(lambda x: v.number(x, "", -1.0, 1.0))] = 0.0
+    trace: OptionalName = None
+    arrivals: Arrivals | None = None
+    slo: Slo | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lengths(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        out = dict(data)
+        for name in ("isl", "osl"):
+            given = out.get(name)
+            if isinstance(given, Mapping):
+                for key in given:
+                    if key not in ("mean", "cv"):
+                        raise ValueError(f".{name}: {v.nearest(key, ('mean', 'cv'), 'key of a distribution')}")
+                if "mean" not in given:
+                    raise ValueError(f".{name}: a distribution needs its 'mean'; write {{mean: 1000, cv: 0.8}}")
+                out |= {name: given["mean"], f"{name}_cv": given.get("cv", 0.0)}
+        if isinstance(out.get("trace"), str):
+            for name in ("isl", "osl", "isl_cv", "osl_cv", "correlation", "prefix_hit"):
+                if name in out:
+                    raise ValueError(f".{name}: is the trace's; leave it out beside 'trace'")
+            out |= v.trace_means(out["trace"])
+        return out
 
 
 class ClusterChoice(Strict):
@@ -160,6 +214,52 @@ class ClusterChoice(Strict):
         if isinstance(data, Mapping) and not data:
             raise ValueError("names neither a cluster nor a gpu; write h100-dgx or {cluster: h100-dgx, gpu: h100}")
         return data
+
+
+class PoolAxes(Axes):
+    """One pool of a disaggregated deployment: the plans of a worker of `gpus` GPUs, on machines of its own if given.
+
+    `workers`: how many there may be (left out: any). Prefill has `chunk` for its load, decode `concurrency`, the
+    requests running on one worker.
+    """
+
+    gpus: Annotated[tuple[int, ...], _numbers("GPUs")]
+    clusters: Annotated[tuple[ClusterChoice, ...] | None, BeforeValidator(lambda x: _some(x, "cluster"))] = None
+    workers: Whole = None
+    dp: Degrees = (1,)
+
+
+class DecodeAxes(PoolAxes):
+    """The decode pool. `ffn_gpus`: the experts' own GPUs of a worker, beside `gpus` of attention; 0: none of their own.
+
+    `micro_batches` play ping-pong between the two.
+    """
+
+    ffn_gpus: Annotated[tuple[int, ...], _numbers("GPUs", low=0)] = (0,)
+    micro_batches: Annotated[tuple[int, ...], _numbers()] = (2,)
+
+
+class Disaggregated(Strict):
+    """Prefill and decode on pools of their own, searched jointly; `aggregated: false` leaves out the comparison."""
+
+    prefill: PoolAxes
+    decode: DecodeAxes
+    kv_transfer: Annotated[tuple[str, ...], _names(TRANSFERS, "KV transfer")] = TRANSFERS[:1]
+    aggregated: Switch = True
+
+    @model_validator(mode="after")
+    def _loads(self) -> Disaggregated:
+        for pool, axes, names in (
+            ("prefill", self.prefill, ("concurrency", "batch", "draft_tokens")),
+            ("decode", self.decode, ("chunk", "batch")),
+        ):
+            for name in names:
+                if name in axes.model_fields_set:
+                    other = {"chunk": "the prefill pool's", "batch": "of undivided serving"}.get(
+                        name, "the decode pool's"
+                    )
+                    raise ValueError(f".{pool}.{name}: is {other}; leave it out here")
+        return self
 
 
 class Bound(Strict):
@@ -253,6 +353,7 @@ class SpaceSpec(Strict):
     objectives: Objectives = (("output_tok_s_gpu", "max"), ("tpot_ms", "min"))
     options: Options = Options()
     hardware: Hardware = Hardware()
+    disaggregated: Disaggregated | None = None
     _where: str = PrivateAttr(default="")
 
     @property

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from dse.errors import InputError
+from dse.space.traces import read_trace
 from dse.units import GIB
 
 MOST_VALUES = 1_000_000
@@ -26,6 +28,7 @@ UNITS: Mapping[str, Mapping[str, float]] = MappingProxyType(
         "ms": {"ms": 1.0, "s": 1e3, "us": 1e-3, "min": 6e4},
         "GiB": {"gib": 1.0, "mib": 1 / 1024, "tib": 1024.0, "gb": 1e9 / GIB, "mb": 1e6 / GIB, "tb": 1e12 / GIB},
         "tokens/s": {u: 1.0 for u in ("tok/s", "tokens/s")} | {u: 1e3 for u in ("tok/ms", "tokens/ms")},
+        "requests/s": {u: 1.0 for u in ("req/s", "requests/s")},
         "USD": {"usd": 1.0, "$": 1.0, "cent": 0.01, "cents": 0.01},
         "fraction": {"%": 0.01},
         "GPUs": {"gpu": 1.0, "gpus": 1.0},
@@ -183,6 +186,20 @@ def choices(value: Any, known: Sequence[str], aliases: Mapping[str, str], kind: 
             raise ValueError(nearest(item, known, kind))
         result.append(name)
     return distinct(tuple(result))
+
+
+def trace_means(path: str) -> dict[str, float]:
+    """Mean lengths of a trace, whole tokens, and the share of prompt tokens that its prefixes are."""
+    try:
+        trace = read_trace(path)
+    except InputError as error:
+        raise ValueError(f".trace: {error}") from None
+    prompt, answer = float(trace.input_tokens.mean()), float(trace.output_tokens.mean())
+    return {
+        "isl": max(round(prompt), 1),
+        "osl": max(round(answer), 1),
+        "prefix_hit": float(trace.prefix_tokens.mean()) / prompt,
+    }
 
 
 def switches(value: Any) -> tuple[bool, ...]:

@@ -1,0 +1,66 @@
+"""Intervals of a search's rows: only survivors are rows, so this is cheap."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from dse.catalog.coefficients import LEVELS, CoefficientSet
+from dse.catalog.uncertainty import METRICS
+from dse.cost.coefficients import Coefficients
+from dse.search.kernel import Tables, design_at, scenario, tables
+from dse.space.compile import CompiledSpace
+from dse.space.intervals import COLUMNS, Known, half_widths
+from dse.space.tables import split
+
+Array = np.ndarray
+
+
+def with_intervals(
+    frame: pd.DataFrame, flat: Array, space: CompiledSpace, c: Coefficients, chosen: CoefficientSet
+) -> pd.DataFrame:
+    """A frame of points (flat indices beside its rows) with the ends of each metric's interval.
+
+    Under a mix of workloads an interval is as wide, in logs, as the widest of its workloads: their errors are taken to
+    be the same, which is the cautious end.
+    """
+    if not len(frame):
+        return frame
+    rows, points = split(space, flat)
+    kinds = len(space.workloads)
+    triples = rows.repeat(kinds), points.repeat(kinds), np.tile(np.arange(kinds), len(rows))
+    with jax.enable_x64(True):
+        batch = jax.tree.map(np.asarray, _gathered()(tables(space, c, np.float64), *triples))
+    known = []
+    for row in rows:
+        machine = space.machines[space.designs.machine[row]]
+        model = space.models[space.designs.model[row]].name
+        named = {"generation": machine.gpu.generation, "gpu": machine.gpu.name, "model": model}
+        known += [Known(model, dict.fromkeys(LEVELS, "") | named)] * kinds
+    half = half_widths(batch, known, chosen).reshape(len(rows), kinds, len(METRICS)).max(axis=1)
+    ends: dict[str, Array] = {}
+    for i, metric in enumerate(METRICS):
+        value = frame[COLUMNS[metric]].to_numpy(float)
+        ends[f"{COLUMNS[metric]}_low"] = value * np.exp(-half[:, i])
+        ends[f"{COLUMNS[metric]}_high"] = value * np.exp(half[:, i])
+    return frame.assign(**ends)
+
+
+@lru_cache(maxsize=1)
+def _gathered() -> Any:
+    """Scenarios of (design, operating point, workload) triples: leaves (n,)."""
+
+    def one(t: Tables, row: Any, point: Any, kind: Any) -> Any:
+        load = jax.tree.map(lambda leaf: leaf[point], t.loads)
+        full = replace(load, isl=t.isl[kind], osl=t.osl[kind], prefix_hit=t.prefix_hit[kind])
+        return scenario(t, design_at(t, row), full)
+
+    return jax.jit(jax.vmap(one, (None, 0, 0, 0)))
+
+
+__all__ = ["with_intervals"]

@@ -1,0 +1,204 @@
+"""Which pairs of pools are to be met: workers that can be on a front, in blocks of one machine and size each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from dse.cost.coefficients import Coefficients
+from dse.cost.collectives import Line
+from dse.cost.pools import layer_count, link
+from dse.cost.types import Load, Topology
+from dse.search.kernel import Tables, _at
+from dse.search.pairs import COLUMNS, ROWS, Job
+from dse.search.pool_workers import (
+    DecodeWorkers,
+    PrefillWorkers,
+    compiled,
+    dominant,
+    prefill_kernel,
+    price_decode,
+    price_pool,
+)
+from dse.space.compile import CompiledSpace
+from dse.space.pool_space import CompiledPools
+
+CUT_BUDGET = "more GPUs than the budget, or two KV formats"
+CUT_PREFILL_MEMORY = "prefill worker does not fit in memory"
+CUT_DECODE_MEMORY = "decode worker does not fit in memory"
+CUT_DECODE_LIMIT = "decode worker breaks a limit by itself"
+CUT_DOMINATED = "prefill worker no better in anything than another"
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Both pools priced, ordered by (machine, GPUs) so that a block has one of each; `order` leads to flat indices."""
+
+    prefill: PrefillWorkers
+    decode: DecodeWorkers
+    orders: tuple[np.ndarray, np.ndarray]
+    groups: tuple[list[tuple[Key, int, int]], list[tuple[Key, int, int]]]
+
+
+Key = tuple[int, int, float]  # machine, GPUs of a worker, KV bytes an element
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The group of each point of a pool: `of[i]` is a row of `keys`."""
+
+    keys: tuple[Key, ...]
+    of: np.ndarray
+
+    def sizes(self, alive: np.ndarray) -> list[tuple[Key, int]]:
+        """How many of the points that are left each group has."""
+        counts = np.bincount(self.of[alive], minlength=len(self.keys))
+        return [(key, int(n)) for key, n in zip(self.keys, counts, strict=True)]
+
+    def arranged(self, alive: np.ndarray) -> tuple[np.ndarray, list[tuple[Key, int, int]]]:
+        """The points that are left, group by group: (order, [(key, first, last)])."""
+        kept = np.flatnonzero(alive)
+        order = kept[np.argsort(self.of[kept], kind="stable")]
+        ends = np.cumsum([n for _, n in self.sizes(alive)]).tolist()
+        found = zip(self.keys, [0, *ends[:-1]], ends, strict=True)
+        return order, [(key, first, last) for key, first, last in found if last > first]
+
+
+def _groups(space: CompiledSpace, experts: Sequence[tuple[int, int]] = ((0, 1),)) -> Groups:
+    """Groups of points x experts, the experts' own GPUs counted."""
+    d = space.designs
+    cache = np.asarray(space.precisions.kv_bytes)[d.precision_index]
+    designs = np.stack([d.machine, d.gpus, cache], axis=1).astype(np.float64)
+    own = np.array([[0.0, gpus, 0.0] for gpus, _ in experts])
+    each = (designs[:, None, :] + own[None]).reshape(-1, 3)
+    keys, of = np.unique(each, axis=0, return_inverse=True)
+    by_point = np.repeat(of.reshape(len(designs), 1, len(own)), len(space.operating), axis=1)
+    return Groups(tuple((int(k[0]), int(k[1]), float(k[2])) for k in keys), by_point.ravel())
+
+
+def arrange(pools: CompiledPools, t: tuple[Tables, Tables], prune: bool) -> tuple[Table, dict[str, int], int]:
+    """Both pools priced and sifted; what was cut, in points (pairs x numbers of workers within the budget)."""
+    p, d = price_pool(t[0], prefill_kernel), price_decode(t[1], pools.experts)
+    groups = _groups(pools.prefill), _groups(pools.decode, pools.experts)
+    alive = [np.ones(len(g.of), bool) for g in groups]
+    tests: list[tuple[int, str, np.ndarray]] = []
+    if prune:
+        limit = np.ones(len(groups[1].of), bool)
+        for c in pools.constraints:
+            if c.metric == "tpot_ms" and c.op == "max":
+                limit &= d.tpot * 1e3 <= c.bound
+            if c.metric == "tok_s_user" and c.op == "min":
+                limit &= 1.0 / d.tpot >= c.bound
+        tests = [
+            (0, CUT_PREFILL_MEMORY, p.excess <= 0),
+            (1, CUT_DECODE_MEMORY, d.excess <= 0),
+            (1, CUT_DECODE_LIMIT, limit),
+        ]
+    cuts: dict[str, int] = {}
+
+    def count() -> tuple[int, int]:
+        """Pairs x numbers of workers x transfers, and pairs that at least one number of workers joins."""
+        sizes = [g.sizes(a) for g, a in zip(groups, alive, strict=True)]
+        joined = [(n * m, len(_ratios(pools, a, b))) for a, n in sizes[0] for b, m in sizes[1]]
+        return sum(n * r for n, r in joined) * len(pools.transfers), sum(n for n, r in joined if r)
+
+    everything, (legal, pairs) = math.prod(pools.shape), count()
+
+    def cut(side: int, reason: str, ok: np.ndarray) -> None:
+        left = alive[side] & ok
+        if left.any() and not left[alive[side]].all():  # where none is left, all stay: the least-violating is asked for
+            before, _ = count()
+            alive[side] = left
+            cuts[reason] = before - count()[0]
+
+    for test in tests:
+        cut(*test)
+    if prune:
+        members = np.flatnonzero(alive[0])
+        best = np.zeros(len(alive[0]), bool)
+        best[members[dominant(jax.tree.map(lambda leaf: leaf[members], p), groups[0].of[members])]] = True
+        cut(0, CUT_DOMINATED, best)
+    arranged = [g.arranged(a) for g, a in zip(groups, alive, strict=True)]
+    table = Table(
+        prefill=jax.tree.map(lambda leaf: leaf[arranged[0][0]], p),
+        decode=jax.tree.map(lambda leaf: leaf[arranged[1][0]], d),
+        orders=(arranged[0][0], arranged[1][0]),
+        groups=(arranged[0][1], arranged[1][1]),
+    )
+    return table, {CUT_BUDGET: everything - legal, **cuts}, pairs
+
+
+def _ratios(pools: CompiledPools, a: Key, b: Key) -> list[int]:
+    """Numbers of workers that may join two groups: one KV format, within the budget."""
+    return [r for r, (p, d) in enumerate(pools.ratios) if a[2] == b[2] and p * a[1] + d * b[1] <= pools.budget]
+
+
+def _line_kernel(
+    ends: tuple[Topology, Topology], c: tuple[Coefficients, Coefficients], gpus: Any, apart: Any, free: Any
+) -> Line:
+    return jax.vmap(link)(ends, c, gpus, apart, free)
+
+
+def lines_between(
+    t: tuple[Tables, Tables], wanted: list[tuple[int, int, int, bool, bool]]
+) -> list[tuple[float, float]]:
+    """(fixed, a byte) of the way between two machines for a deployment's GPUs, each asked for once."""
+    distinct = list(dict.fromkeys(wanted))
+    a, b, gpus, apart, free = (np.array(x) for x in zip(*distinct, strict=True))
+    ends = (_at(t[0].topologies, a), _at(t[1].topologies, b))
+    c = (_at(t[0].coefficients, (a, 0)), _at(t[1].coefficients, (b, 0)))  # what a link costs is no model's
+    found = compiled(_line_kernel)(ends, c, gpus * 1.0, apart * 1.0, free * 1.0)
+    known = dict(
+        zip(
+            distinct,
+            zip(np.asarray(found.fixed).tolist(), np.asarray(found.per_byte).tolist(), strict=True),
+            strict=True,
+        )
+    )
+    return [known[key] for key in wanted]
+
+
+def jobs(pools: CompiledPools, table: Table, t: tuple[Tables, Tables]) -> list[tuple[Job, int]]:
+    """The blocks, each with its (ratio, transfer) code; groups whose workers exceed the budget have none."""
+    same = [m.cluster.name for m in pools.prefill.machines], [m.cluster.name for m in pools.decode.machines]
+    plan = [
+        (a, b, r, k)
+        for a in table.groups[0]
+        for b in table.groups[1]
+        for r in _ratios(pools, a[0], b[0])
+        for k in range(len(pools.transfers))
+    ]
+    if not plan:
+        return []
+    wanted = [
+        (
+            *(a[0][0], b[0][0], pools.ratios[r][0] * a[0][1] + pools.ratios[r][1] * b[0][1]),
+            *(same[0][a[0][0]] != same[1][b[0][0]], pools.transfers[k] == "free"),
+        )
+        for a, b, r, k in plan
+    ]
+    load = Load(isl=float(t[1].isl[0]), osl=float(t[1].osl[0]), concurrency=0.0, chunk=0.0)
+    layers = float(layer_count(_at(t[1].architectures, 0)))
+    found = []
+    for (a, b, r, k), (fixed, per_byte) in zip(plan, lines_between(t, wanted), strict=True):
+        for row in range(a[1], a[2], ROWS):
+            for column in range(b[1], b[2], COLUMNS):
+                job = Job(
+                    first=(np.int32(row), np.int32(column)),
+                    last=(np.int32(a[2]), np.int32(b[2])),
+                    workers=(float(pools.ratios[r][0]), float(pools.ratios[r][1])),
+                    line=Line(fixed=fixed, per_byte=per_byte),
+                    layerwise=float(pools.transfers[k] == "layerwise"),
+                    layers=layers,
+                    load=load,
+                )
+                found.append((job, r * len(pools.transfers) + k))
+    return found
+
+
+__all__ = ["Table", "arrange", "jobs", "lines_between"]

@@ -1,0 +1,418 @@
+"""Open load: limits, monotonicity, the simulator of single steps, goodput by a scan, and searches by brute force."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+from dse.catalog.coefficients import coefficient_set
+from dse.cost import lengths as dist
+from dse.cost.evaluate import Scenario
+from dse.cost.goodput import FULLEST, Arrivals, OpenLoop, Slo, goodput, open_loop
+from dse.cost.lengths import Lengths
+from dse.cost.memory import memory
+from dse.cost.openloop import most_arrivals, rate_at, replica, resident
+from dse.cost.shard import shard
+from dse.cost.simulate import Requests, simulate
+from dse.cost.step import Batch, Segment, step
+from dse.cost.types import replace, stack
+from dse.errors import InputError
+from dse.search.kernel import Questions, tables
+from dse.search.pareto import front
+from dse.search.recheck import recheck
+from dse.search.run import of_machines, search
+from dse.space.cases import Case, parse_cases, scenarios_of
+from dse.space.compile import compile_space
+from dse.space.goodput import Asked, crossings, goodput_cases
+from dse.space.load import load_space, parse_space
+from dse.space.traces import Trace
+
+ROOT = Path(__file__).parent.parent
+SLO = Slo(ttft=0.4, tpot=0.03, attainment=0.9)
+PLANS = (
+    {"model": "Llama-3.1-8B", "gpu": "h100", "tp": 1, "chunk": 2048, "concurrency": 256},
+    {"model": "Llama-3.1-8B", "gpu": "h100", "tp": 1, "chunk": 512, "concurrency": 256},
+    {"model": "Llama-3.1-70B", "gpu": "h100", "tp": 4, "weights": "fp8", "chunk": 8192, "concurrency": 256},
+    {"model": "Mixtral-8x7B", "gpu": "h100", "tp": 2, "chunk": 4096, "concurrency": 256},
+)
+LENGTHS = dist.lognormal(1000.0, 200.0, 0.8, 0.8)
+FINITE = [f for f in OpenLoop.__dataclass_fields__ if f != "stable"]
+
+
+@lru_cache(maxsize=1)
+def scenarios() -> Scenario:
+    rows = pd.DataFrame([{**p, "isl": 1000, "osl": 200} for p in PLANS]).astype(str).replace("nan", "")
+    found = [row for row in parse_cases(rows) if isinstance(row, Case)]
+    assert len(found) == len(PLANS)
+    with jax.enable_x64(True):
+        return scenarios_of(found, coefficient_set())
+
+
+def plan(i: int) -> Scenario:
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[i], scenarios())
+
+
+def _parts(x: Scenario, lengths: Lengths) -> tuple[Any, Any, Any]:
+    s = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    load = resident(x.load, lengths)
+    return s, load, memory(x.architecture, x.device, x.plan, load, x.coefficients)
+
+
+def _at_share(x: Scenario, lengths: Lengths, share: Any, cv: Any, slo: Slo) -> OpenLoop:
+    """At a share of the capacity."""
+    s, load, held = _parts(x, lengths)
+    r = replica(s, load, lengths, held, cv)
+    capacity = rate_at(r, FULLEST * most_arrivals(r)) * r.ranks
+    return open_loop(s, load, lengths, held, Arrivals(rate=share * capacity, cv=cv), slo)
+
+
+def _best(x: Scenario, lengths: Lengths, cv: Any, slo: Slo) -> OpenLoop:
+    s, load, held = _parts(x, lengths)
+    return goodput(s, load, lengths, held, cv, slo)
+
+
+WIDTH = 16
+AT_SHARE = jax.jit(jax.vmap(_at_share, (None, None, 0, None, None)))
+BEST = jax.jit(_best)
+
+
+def at_share(i: int, lengths: Lengths, shares: Any, cv: float = 1.0, slo: Slo = SLO) -> OpenLoop:
+    """In calls of one shape."""
+    asked = np.asarray(shares, float)
+    parts = []
+    with jax.enable_x64(True):
+        for start in range(0, len(asked), WIDTH):
+            some = np.resize(asked[start : start + WIDTH], WIDTH)
+            parts.append(AT_SHARE(plan(i), dist.padded(lengths, dist.NODES), some, cv, _floats(slo)))
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(asked)], *parts)
+
+
+def best(i: int, lengths: Lengths = LENGTHS, cv: float = 1.0, slo: Slo = SLO) -> OpenLoop:
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, BEST(plan(i), dist.padded(lengths, dist.NODES), cv, _floats(slo)))
+
+
+def _floats(slo: Slo) -> Slo:
+    return jax.tree.map(float, slo)
+
+
+SHARES = np.array([1e-4, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 1.05, 3.0])
+
+
+@pytest.mark.parametrize("i", range(len(PLANS)))
+def test_everything_worsens_with_the_rate_and_stays_finite(i: int) -> None:
+    found = at_share(i, LENGTHS, SHARES)
+    for name in FINITE:
+        assert np.all(np.isfinite(getattr(found, name))), name
+        assert np.all(getattr(found, name) >= 0), name
+    inside = slice(0, 8)
+    for name in ("ttft", "ttft_p50", "ttft_p90", "tpot", "tpot_p90", "running", "utilisation", "e2e"):
+        assert np.all(np.diff(getattr(found, name)[inside]) > -1e-9), name
+    assert np.all(np.diff(found.attainment[inside]) < 1e-6)
+    assert np.all((found.attainment >= 0) & (found.attainment <= 1))
+    assert np.all((found.ttft_p50 <= found.ttft_p90) & (found.ttft_p90 <= found.ttft_p99))
+    assert np.all(found.tpot_p90 <= found.tpot_p99)
+    np.testing.assert_array_equal(found.stable, SHARES < 1)
+    np.testing.assert_allclose(found.utilisation[inside], SHARES[inside], rtol=2e-3)
+
+
+def test_little_holds() -> None:
+    """Requests in decode are the rate times the time they spend there (the mean over answers weighs each by length)."""
+    fixed = dist.plain(1000.0, 400.0)
+    found = at_share(0, fixed, [0.3, 0.6, 0.9])
+    np.testing.assert_allclose(found.running, found.rate * 399.0 * found.tpot, rtol=0.02)
+
+
+def test_no_variation_is_the_plain_number_and_little_variation_is_near_it() -> None:
+    """Padding to the same number of nodes changes nothing."""
+    plain, none = dist.plain(900.0, 150.0), dist.lognormal(900.0, 150.0)
+    a, b, near = (at_share(0, x, [0.1, 0.5, 0.8]) for x in (plain, none, dist.lognormal(900.0, 150.0, 0.01, 0.01)))
+    for name in FINITE:
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-12)
+        if name != "attainment":
+            np.testing.assert_allclose(getattr(near, name), getattr(a, name), rtol=0.02, err_msg=name)
+
+
+def test_a_lone_request_sees_an_idle_engine() -> None:
+    """R -> 0: TTFT is the arrival's overhead and one step of its own prompt, TPOT a step with one request."""
+    fixed = dist.plain(1000.0, 200.0)
+    found = at_share(0, fixed, [1e-5])
+    with jax.enable_x64(True):
+        x = plan(0)
+        s, _, _ = _parts(x, fixed)
+        own = step(s, Batch(prefill=Segment(requests=1.0, tokens=1000.0, start=0.0, span=1000.0), decode=None), 0.0)
+        seg = Segment(requests=1.0, tokens=1.0, start=1000.0, span=200.0)
+        token = step(s, Batch(prefill=None, decode=seg), 0.0)
+        first, later = float(own.total) + float(x.coefficients.arrival_overhead), float(token.total)
+    assert float(found.ttft[0]) == pytest.approx(first, rel=0.02)
+    assert float(found.ttft_p90[0]) == pytest.approx(float(found.ttft[0]), rel=0.01)
+    assert float(found.tpot[0]) == pytest.approx(later, rel=1e-3)
+    assert float(found.wait[0]) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_bursts_hurt() -> None:
+    smooth, poisson, bursty = (at_share(1, LENGTHS, [0.6, 0.9], cv=cv) for cv in (0.6, 1.0, 2.5))
+    assert np.all(smooth.ttft < poisson.ttft)
+    assert np.all(poisson.ttft < bursty.ttft)
+    assert np.all(poisson.ttft_p99 < bursty.ttft_p99)
+    assert best(1, cv=2.5).rate < best(1).rate
+
+
+@pytest.mark.parametrize("i", [0, 2])
+def test_goodput_equals_a_fine_scan(i: int) -> None:
+    slo = Slo(ttft=0.25, tpot=0.025, attainment=0.9)
+    found = best(i, slo=slo)
+    shares = np.linspace(0.002, 1.0, 500)
+    scan = at_share(i, LENGTHS, shares, slo=slo)
+    met = np.flatnonzero(scan.attainment >= slo.attainment)
+    assert len(met)
+    assert len(met) < len(shares)
+    np.testing.assert_array_equal(met, np.arange(len(met)))
+    step_size = scan.rate[1] - scan.rate[0]
+    assert abs(float(found.rate) - scan.rate[met[-1]]) <= 1.01 * step_size
+    assert float(found.attainment) == pytest.approx(slo.attainment, abs=1e-4)
+
+
+def test_goodput_of_targets_that_nothing_or_everything_meets() -> None:
+    nothing = best(0, slo=Slo(ttft=0.001, tpot=0.001))
+    assert float(nothing.rate) == 0.0
+    assert np.isfinite(float(nothing.ttft_p99))
+    everything = best(0, slo=Slo(ttft=1e5, tpot=1e5))
+    assert float(everything.rate) == pytest.approx(float(everything.capacity), rel=1e-6)
+    tight, loose = best(0, slo=Slo(ttft=0.2, tpot=0.02)), best(0, slo=Slo(ttft=0.4, tpot=0.04))
+    assert 0 < float(tight.rate) < float(loose.rate)
+
+
+@pytest.mark.slow
+def test_gradients_equal_central_differences() -> None:
+    """Of latencies at a rate, and of the goodput itself through its bisection, by HBM bandwidth."""
+
+    def outputs(scale: Any) -> Any:
+        x = plan(0)
+        x = replace(x, device=replace(x.device, bandwidth=x.device.bandwidth * scale))
+        s, load, held = _parts(x, LENGTHS)
+        at = open_loop(s, load, LENGTHS, held, Arrivals(rate=12.0), _floats(SLO))
+        top = goodput(s, load, LENGTHS, held, 1.0, _floats(Slo(ttft=0.25, tpot=0.015)))
+        return jnp.stack([at.ttft, at.ttft_p90, at.tpot, at.tpot_p90, at.attainment, top.rate])
+
+    with jax.enable_x64(True):
+        options = {"xla_cpu_use_fusion_emitters": False}
+        value = jax.jit(outputs)
+        slope = jax.jit(jax.jacfwd(outputs), compiler_options=options)(1.0)
+        h = 1e-4
+        central = (value(1.0 + h) - value(1.0 - h)) / (2 * h)
+    assert np.all(np.isfinite(slope))
+    np.testing.assert_allclose(slope, central, rtol=5e-3, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------- the simulator of single steps
+
+
+def _simulated(i: int, found: OpenLoop, cvs: tuple[float, float], requests: int, seed: int) -> tuple[Any, Any]:
+    """TTFT and TPOT of each request (warm-up left out) at each rate."""
+    rng = np.random.default_rng(seed)
+    rates = np.atleast_1d(found.rate)
+    shape = (len(rates), requests)
+
+    def draw(mean: float, cv: float) -> np.ndarray:
+        variance = np.log1p(cv**2)
+        return np.maximum(np.round(rng.lognormal(np.log(mean) - 0.5 * variance, np.sqrt(variance), shape)), 1.0)
+
+    isl, osl = draw(1000.0, cvs[0]), draw(200.0, cvs[1])
+    arrival = np.cumsum(rng.exponential(1.0, shape), axis=1) / rates[:, None]
+    with jax.enable_x64(True):
+        many = stack([plan(i)] * len(rates))
+        done = simulate(
+            many,
+            Requests(arrival=arrival, isl=isl, osl=osl, prefix=np.zeros(shape), count=np.full(len(rates), requests)),
+            workers=2,
+        ).outcome
+    kept = slice(requests // 6, requests - requests // 20)
+    overhead = float(plan(i).coefficients.arrival_overhead)
+    ttft = (done.first_token - done.arrival)[:, kept] + overhead
+    tpot = ((done.finished - done.first_token) / np.maximum(osl - 1.0, 1.0))[:, kept]
+    return ttft, np.where(osl[:, kept] > 1, tpot, np.nan)
+
+
+# plan, utilisation -> allowed errors of mean TTFT, P90 TTFT, mean TPOT, P90 TPOT
+AGREES = {0.2: (0.05, 0.10, 0.05, 0.10), 0.5: (0.06, 0.10, 0.06, 0.10), 0.8: (0.08, 0.15, 0.10, 0.16)}
+
+
+@pytest.mark.parametrize("i", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+def test_closed_forms_agree_with_the_step_simulator(i: int) -> None:
+    shares = np.array(list(AGREES))
+    found = at_share(i, LENGTHS, shares)
+    ttft, tpot = _simulated(i, found, (0.8, 0.8), 6000, seed=3)
+    for k, allowed in enumerate(AGREES.values()):
+        errors = (
+            found.ttft[k] / ttft[k].mean() - 1.0,
+            found.ttft_p90[k] / np.quantile(ttft[k], 0.9) - 1.0,
+            found.tpot[k] / np.nanmean(tpot[k]) - 1.0,
+            found.tpot_p90[k] / np.nanquantile(tpot[k], 0.9) - 1.0,
+        )
+        assert np.all(np.abs(errors) <= allowed), (shares[k], errors)
+        share = np.mean((ttft[k] <= SLO.ttft) & ~(tpot[k] > SLO.tpot))
+        assert float(found.attainment[k]) == pytest.approx(share, abs=0.08)
+
+
+# ------------------------------------------------------------------------------------------------- searches
+
+SPACE: dict[str, Any] = {
+    "name": "small",
+    "models": ["Llama-3.1-8B"],
+    "clusters": ["h100-dgx"],
+    "gpus": [1, 2, 4],
+    "workloads": [
+        {
+            "isl": {"mean": 1000, "cv": 0.8},
+            "osl": {"mean": 200, "cv": 0.5},
+            "slo": {"ttft_ms": 200, "tpot_ms": 12, "attainment": 0.9},
+        }
+    ],
+    "axes": {"tp": [1, 2, 4], "dp": "auto", "concurrency": [16, 64, 256], "chunk": [512, 2048, 8192]},
+    "constraints": {"goodput_req_s_gpu": {"min": 7.0}},
+    "objectives": {"goodput_req_s_gpu": "max", "gpus": "min"},
+}
+
+
+@pytest.fixture(scope="module")
+def everything() -> Any:
+    space = compile_space(parse_space(SPACE))
+    return space, recheck(space, of_machines(space, None), np.arange(space.legal))
+
+
+def test_a_goodput_search_equals_brute_force(everything: Any) -> None:
+    _, whole = everything
+    result = search(parse_space(SPACE))
+    values = whole.rows["goodput_req_s_gpu"].to_numpy()
+    feasible = whole.feasible
+    np.testing.assert_array_equal(feasible, (whole.rows["feasible"].astype(bool)) & (values >= 7.0))
+    assert 0 < feasible.sum() < len(values)
+    assert result.feasible == feasible.sum()
+    points = np.stack([-values, whole.rows["gpus"].to_numpy(float)], axis=1)[feasible]
+    expected = {tuple(np.round(row, 9)) for row in points[front(points)]}
+    got = {tuple(np.round((-g, n), 9)) for g, n in result.front[["goodput_req_s_gpu", "gpus"]].to_numpy(float)}
+    assert got == expected
+    assert {"ttft_p90_ms", "tpot_p90_ms", "capacity_req_s", "attainment"} <= set(result.front.columns)
+
+
+def test_search_and_cases_find_the_same_goodput(everything: Any) -> None:
+    _, whole = everything
+    rows = whole.rows[whole.rows["replicas"] == 1].reset_index(drop=True)
+    table = rows[["model", "gpu", "cluster", "isl", "osl", "tp", "concurrency", "chunk", "weights", "kv"]].astype(str)
+    asked = Asked(ttft_ms=200, tpot_ms=12, isl_cv=0.8, osl_cv=0.5)
+    found = goodput_cases(table, coefficient_set(), asked)
+    np.testing.assert_allclose(found["goodput_req_s_gpu"].astype(float), rows["goodput_req_s_gpu"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_percentiles_at_a_given_rate_are_metrics_too() -> None:
+    spec = {**SPACE, "constraints": {"ttft_p90_ms": {"max": 150}, "attainment": {"min": "50 %"}}}
+    spec["objectives"] = {"tpot_p90_ms": "min", "gpus": "min"}
+    spec["workloads"] = [{**SPACE["workloads"][0], "arrivals": {"rate": 8, "cv": 1.5}}]
+    result = search(parse_space(spec))
+    assert len(result.front)
+    assert (result.front["ttft_p90_ms"] <= 150).all()
+    assert (result.front["attainment"] >= 0.5).all()
+    np.testing.assert_allclose(result.front["open_req_s"] * result.front["replicas"], 8.0)
+    assert "goodput_req_s_gpu" not in result.front
+
+
+def test_spaces_that_do_not_ask_have_no_open_load() -> None:
+    space = compile_space(load_space(ROOT / "search_spaces" / "quickstart.yaml"))
+    assert space.workloads.demand is None
+    assert tables(space, of_machines(space, None), np.float32).demand is None
+    plain = {**SPACE, "constraints": {}, "objectives": {"output_tok_s_gpu": "max"}}
+    assert compile_space(parse_space(plain)).workloads.demand is None
+    assert not Questions.of(space).metrics & {"goodput_req_s_gpu"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"workloads": [{"isl": 1000, "osl": 200}]}, "workloads[0] has no slo"),
+        ({"workloads": [{"isl": {"mean": 9, "sd": 1}, "osl": 5}]}, "unknown key of a distribution 'sd'"),
+        ({"workloads": [{"isl": {"cv": 1}, "osl": 5}]}, "needs its 'mean'"),
+        ({"workloads": [{"trace": "nothing.csv"}]}, "nothing.csv: does not exist"),
+        ({"workloads": [{"trace": "nothing.csv", "isl": 5}]}, "is the trace's; leave it out"),
+        ({"workloads": [{"isl": 9, "osl": 5, "slo": {"ttft_ms": 0, "tpot_ms": 5}}]}, "out of range"),
+        ({"workloads": [{"isl": 9, "osl": 5, "arrivals": {"cv": 50}}]}, "out of range"),
+        ({"axes": {"tp": [1], "batch": [4]}}, "a static batch (axes.batch) has no open load"),
+    ],
+)
+def test_what_is_wrong_with_a_workload_is_said(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        compile_space(parse_space({**SPACE, **change}, "space.yaml"))
+    assert message in str(error.value)
+    assert str(error.value).startswith("space.yaml")
+
+
+# ------------------------------------------------------------------------------------------------- cases
+
+
+def test_rows_without_goodput_say_why_and_stop_nobody() -> None:
+    rows = pd.DataFrame(
+        [
+            {"model": "Llama-3.1-8B", "gpu": "h100", "isl": "1000", "osl": "200", "goodput_req_s_gpu": "old"},
+            {"model": "Llama-3.1-70B", "gpu": "h100", "isl": "1000", "osl": "200", "goodput_req_s_gpu": ""},
+            {"model": "Llama-99", "gpu": "h100", "isl": "1000", "osl": "200", "goodput_req_s_gpu": ""},
+            {"model": "Llama-3.1-8B", "gpu": "l40s", "isl": "60000", "osl": "200", "goodput_req_s_gpu": ""},
+        ]
+    )
+    found = goodput_cases(rows, coefficient_set(), Asked(ttft_ms=300, tpot_ms=30))
+    assert list(found["feasible"]) == [True, False, False, False]
+    assert list(found["reason"].str.split(":").str[0])[1] == "memory"
+    assert "unknown model" in found["reason"][2]
+    assert found["reason"][3].startswith("targets: alone on the replica")
+    assert found["goodput_req_s_gpu"][0] > 0
+    assert found["goodput_req_s_gpu"][3] == 0
+    numbers = found.select_dtypes("number")
+    assert not np.isinf(numbers.to_numpy()).any()
+    with pytest.raises(InputError, match="osl missing"):
+        goodput_cases(rows.drop(columns="osl"), coefficient_set(), Asked(ttft_ms=300, tpot_ms=30))
+    with pytest.raises(InputError, match="attainment: 1 is out of range"):
+        Asked(ttft_ms=300, tpot_ms=30, attainment=1.0)
+
+
+def test_a_trace_gives_the_lengths() -> None:
+    rng = np.random.default_rng(0)
+    trace = Trace(
+        arrival_s=None,
+        input_tokens=np.round(rng.lognormal(6.5, 0.5, 500)),
+        output_tokens=np.round(rng.lognormal(5.0, 0.5, 500)),
+        prefix_tokens=np.zeros(500),
+    )
+    row = pd.DataFrame([{"model": "Llama-3.1-8B", "gpu": "h100"}])
+    long = Trace(
+        arrival_s=None, **{k: 4 * getattr(trace, k) for k in ("input_tokens", "output_tokens", "prefix_tokens")}
+    )
+    short, slow = (
+        goodput_cases(row, coefficient_set(), Asked(ttft_ms=300, tpot_ms=30, trace=t)) for t in (trace, long)
+    )
+    assert short["goodput_req_s"][0] > 2 * slow["goodput_req_s"][0] > 0
+
+
+def test_speedups_of_tensor_parallelism_and_their_crossover() -> None:
+    """K grows with the GPUs and stays below them; more bandwidth-bound collectives move the crossover down."""
+    rows = pd.DataFrame(
+        [
+            {"model": "Llama-3.1-70B", "gpu": gpu, "isl": isl, "osl": "1"}
+            for gpu in ("h100", "a100")
+            for isl in ("512", "8192")
+        ]
+    )
+    for crossing in crossings(rows, coefficient_set()):
+        assert all(1 < k < n for k, n in zip(crossing.speedups, crossing.gpus, strict=True))
+        assert list(crossing.speedups) == sorted(crossing.speedups)
+        for k, load, n, rate in zip(crossing.speedups, crossing.loads, crossing.gpus, crossing.rates, strict=True):
+            assert 0 < load < k
+            one = 1 / k + load / (2 * k * (k - load))
+            assert one == pytest.approx(1 + load / (2 * n * (n - load)), rel=1e-6)
+            assert rate == pytest.approx(load / crossing.service)
