@@ -75,7 +75,7 @@ def show(title: str, frame: pd.DataFrame) -> None:
 
 def held_out_errors(measured: Path) -> tuple[Accuracy, Missed]:
     """The held-to table of serving runs and engine steps, fitted jointly with whatever else is there."""
-    files = [measured / name for name in ("serving_calibration.csv", "step_cycles_h100.csv", "collectives_dgx.csv")]
+    files = [measured / name for name in ("serving_calibration.csv", "step_cycles_h100.csv")]
     began = time.perf_counter()
     result = accuracy(read_files([path for path in files if path.exists()]))
     lines, missed = [], []

@@ -21,6 +21,7 @@ from oracle_step import (
     kv_heads_of,
     latent_slices,
     segment,
+    slots,
     stage_share,
     step,
     tokens_travel,
@@ -56,7 +57,7 @@ def weight_bytes(x: Any, drafted: float) -> float:
     for f in arch.ffns:
         size = area(dense_slices(f, x)) * p.ffn_bytes + f.extra_params * 2
         if has_experts(f):
-            size += f.routed.experts / plan.moe_ep * area(expert_slices(f.routed, x)) * p.expert_bytes
+            size += slots(f.routed, plan) / plan.moe_ep * area(expert_slices(f.routed, x)) * p.expert_bytes
             size += area(latent_slices(f.routed, x)) * p.ffn_bytes
         layers += f.count * size
     tables = arch.embeddings if plan.pp == 1 else 1
@@ -142,11 +143,14 @@ def larger_root(x: float, q: float) -> float:
     return (low + high) / 2
 
 
-def busy_ranks(ranks: int, chance: float) -> tuple[float, float]:
-    """Ranks, each with prompts by this chance: the chance that any has, and how many have on average where any has."""
-    chances = [math.comb(ranks, k) * chance**k * (1 - chance) ** (ranks - k) for k in range(ranks + 1)]
-    some = sum(chances[1:])
-    return some, sum(k * p for k, p in enumerate(chances)) / some if some > 0 else 1.0
+def busy_ranks(ranks: int, own: float, other: float) -> tuple[float, float]:
+    """The chance that any rank has prompts (ours by one chance, others by another), and how many then have."""
+    some, weighted = 0.0, 0.0
+    for k in range(ranks):  # busy ones among the others
+        chance = math.comb(ranks - 1, k) * other**k * (1 - other) ** (ranks - 1 - k)
+        some += chance * (own if k == 0 else 1.0)
+        weighted += chance * (k + own)
+    return some, weighted / some if some > 0 else 1.0
 
 
 def at_least_one(mean: float) -> float:
@@ -181,6 +185,8 @@ def rhythm(x: Any, fits: float) -> Any:
     saturated = load.chunk * prompt / (prompt + verified * answer)
     budget = max(load.chunk - n * deciding * verified, saturated)
     waves = load.waves * asked / running
+    # Requests of every other rank over those of ours: as many where all ranks have some
+    spread = (load.concurrency / asked - 1) / (plan.attention_dp - 1) if plan.attention_dp > 1 else 0.0
     seen, alive = (0.0, 1.0) if static else ((waves - 0.5) / waves, 1 - 1 / (6 * waves))
     return SimpleNamespace(
         static=static,
@@ -201,6 +207,7 @@ def rhythm(x: Any, fits: float) -> Any:
         alive=alive,
         met=seen * others,  # others whose prompts a request meets
         arriving=seen * others * prompt / (answer + pieces),
+        theirs=seen * prompt / (answer + pieces) * n * spread,
     )
 
 
@@ -231,7 +238,8 @@ def serve(x: Any, fits: float) -> dict[str, Any]:
     def prompts(tokens: float) -> Any:
         return segment(tokens / piece, piece, start, prompt, prefill=True)
 
-    some, many = busy_ranks(ranks, busy)
+    packed = clamp(loop.theirs, min(piece, budget), budget)
+    some, many = busy_ranks(ranks, busy, min(loop.theirs / packed, 1.0))
     elsewhere = beside * loop.verified + (mix * (many - 1) / (ranks - 1) if ranks > 1 else 0.0)
     decode = step([decoding(held)], plan.overlap_decode, x)
     mixed = step([prompts(mix), decoding(beside)], plan.overlap_prefill, x, others=elsewhere)

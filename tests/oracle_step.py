@@ -213,10 +213,31 @@ def sequence_seconds(core: Any, segments: list[Any], attention: float, x: Any) -
 # ---------------------------------------------------------------------------------------- one step
 
 
+def slots(routed: Any, plan: Any) -> float:
+    """Experts held by the group, redundant ones too."""
+    return routed.experts + (plan.eplb_replicas or 0)
+
+
+def busiest_rank(without: float, experts: float, ep: float, replicas: float) -> float:
+    """The fullest rank over the mean: loads (1-a) x^-a, cut at a level by the replicas, packed fullest first."""
+    hottest = 1 + (without - 1) * math.sqrt(experts / ep)
+    low, high = 0.0, 1 - 1 / math.log(max(experts, 3))
+    for _ in range(200):
+        a = (low + high) / 2
+        low, high = (a, high) if (1 - a) * experts**a < hottest else (low, a)
+    cut = max(replicas / experts / (a / (1 - a) + 1 - a), 1 / experts)
+    level = (1 - a) / cut**a if cut < 1 else 1 / (replicas / experts + a)
+    beside = (experts + replicas) / ep - 1
+    return min(without, max(1.0, (level + beside * min(1 - a, level / 2)) * ep / experts))
+
+
 def expert_seconds(routed: Any, group: float, sent: float, x: Any) -> tuple[float, float, float, float]:
     """Experts, latent GEMMs apart; dispatch; combine: of one layer. The busiest rank decides."""
     plan, c = x.plan, x.coefficients
     uneven = 1 + (c.imbalance - 1) * (1 - 1 / plan.moe_ep)
+    if plan.eplb_replicas:
+        uneven = busiest_rank(uneven, routed.experts, plan.moe_ep, plan.eplb_replicas)
+    routed = SimpleNamespace(**{**vars(routed), "experts": slots(routed, plan)})
     copies = group * routed.top_k / plan.moe_ep
     touched = routed.experts / plan.moe_ep * (1 - (1 - routed.top_k / routed.experts) ** group)
     work = grouped_seconds(copies * uneven, touched, routed, x)
@@ -268,7 +289,7 @@ def stage_share(x: Any) -> float:
 
 
 def step(segments: list[Any], rule_index: float, x: Any, others: float | None = None) -> dict[str, float]:
-    """One engine step of one stage, with its breakdown. `others`: tokens on each other attention-DP rank, if not ours."""
+    """One engine step of one stage, with its breakdown. `others`: tokens on each other attention-DP rank."""
     arch, plan, c, device = x.architecture, x.plan, x.coefficients, x.device
     rule = OVERLAPS[int(rule_index)]
     parts = 2 if rule == "two_batch" else 1

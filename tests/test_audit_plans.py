@@ -10,8 +10,12 @@ import pytest
 from rich.console import Console
 
 from dse.audit.load import load_plan, parse_plan
+from dse.audit.nearest import coefficients
+from dse.audit.price import ONE, Desk, plan_of
 from dse.audit.run import audit
 from dse.audit.types import Audit, Finding, as_dict
+from dse.cost.operators import GemmShape
+from dse.cost.roofline import gemm, grouped, rates
 from dse.report.audit import html, render, to_json
 
 PLANS = Path(__file__).parent.parent / "search_spaces" / "plans"
@@ -235,6 +239,20 @@ def test_more_gpus_are_the_nearest_plan_once_they_may_be_had() -> None:
     assert found.plan is not None
     assert found.plan["gpus"] == 16.0
     assert float(found.plan["memory_gib"]) < 79.7
+
+
+def test_the_plans_around_are_priced_at_the_shares_that_the_plan_states() -> None:
+    """An MFU is the whole distance from the peak, and every byte streams at the stated share of the bandwidth."""
+    stated = {"mfu": "40%", "bandwidth_utilisation": "50%", "gpu": "h200", "model": "DeepSeek-V3", "precision": "fp8"}
+    desk = Desk(parse_plan(stated | {"plan": "TP=8, EP=8, 8 GPUs", "workload": {"batch": 8, "prompt": 4096}}))
+    c, device = coefficients(desk), desk.plan.device
+    routed = next(f.routed for f in desk.plan.variants[0].architecture.ffns if f.routed is not None)
+    experts = grouped(routed, plan_of(ONE, desk.plan), device, c)
+    matrices = gemm(GemmShape(k=7168.0, n=7168.0), 1.0, 1.0, 1.0, device, c)
+    assert float(rates(device, c)[0]) == pytest.approx(0.4 * device.peak_bf16)
+    assert float(experts.weights) == pytest.approx(3 * 7168 * 2048 / (0.5 * device.bandwidth))
+    assert float(experts(2.0, 2.0)) == pytest.approx(2 * float(experts.weights))
+    assert float(matrices(1.0)) == pytest.approx((7168**2 + 3 * 7168) / (0.5 * device.bandwidth))
 
 
 def test_json_is_the_contracts(moe: Audit) -> None:

@@ -266,7 +266,7 @@ def test_parts_of_a_sweep_merge_into_the_whole(small_tiles: Tiling) -> None:
 def test_points_that_are_nan_are_infeasible_and_hide_no_others() -> None:
     """One machine of four has an efficiency that is not a number."""
     b = brute("mixed")
-    memory = np.array([0.8, np.nan, 0.8, 0.8])
+    memory = np.array([[0.8], [np.nan], [0.8], [0.8]])  # by machine, whatever the model
     result = search(spec_of("mixed"), coefficients=replace(Coefficients(), memory=memory))
     healthy = np.repeat(b.space.designs.machine != 1, len(b.space.operating))
     feasible = b.feasible(b.space.constraints) & healthy

@@ -107,6 +107,9 @@ def rules(c: CompiledSpace, shape: Shape, x: dict[str, int], raw: dict[str, Any]
     dispatch = raw["dispatch"] if exchange else "auto"
     if dispatch == "node_limited" and not shape.limited:
         dispatch = "node_dedup"
+    replicas = raw["eplb_replicas"] if shape.experts and x["moe_ep"] > 1 else 0
+    if replicas and any((e + replicas) % x["moe_ep"] for e in shape.experts):
+        return None
     method = raw["cp_method"] if x["cp"] > 1 else "auto"
     if method == "ulysses" and any(x["cp"] * min(x["tp"], kv) > kv for kv in shape.kv):
         return None
@@ -115,6 +118,7 @@ def rules(c: CompiledSpace, shape: Shape, x: dict[str, int], raw: dict[str, Any]
         OVERLAPS.index(overlap(raw["overlap_prefill"])),
         OVERLAPS.index(overlap(raw["overlap_decode"])),
         DISPATCHES.index(dispatch),
+        replicas,
         CP_METHODS.index(method),
         int(raw["sequence_parallel"] and x["tp"] > 1),
         micro,
@@ -126,6 +130,7 @@ RULES = (
     "overlap_prefill",
     "overlap_decode",
     "dispatch",
+    "eplb_replicas",
     "cp_method",
     "sequence_parallel",
     "microbatches",
@@ -214,6 +219,7 @@ def small_spaces(draw: st.DrawFn) -> dict[str, Any]:
         "cp_method": draw(some(list(CP_METHODS), 2)),
         "sequence_parallel": draw(some([False, True], 2)),
         "microbatches": draw(some([1, 2, 4], 2)),
+        "eplb_replicas": draw(some([0, 8, 32], 2)),
         "utilisation": draw(some([0.8, 0.9], 2)),
     }
     return {

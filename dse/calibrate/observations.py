@@ -14,10 +14,12 @@ import pandas as pd
 from dse.calibrate.parameters import apply
 from dse.calibrate.sources import Refusal, Source, compiled
 from dse.catalog.coefficients import LEVELS, CoefficientSet
-from dse.cost.evaluate import Scenario, estimate_one
+from dse.cost.coefficients import Coefficients
+from dse.cost.evaluate import Scenario, estimate, estimate_one
 from dse.errors import InputError
 from dse.space.cases import Case, parse_cases, scenarios_of
 
+Array = np.ndarray
 SERVING = ("measured_ttft_ms", "measured_tpot_ms")
 # Residual scales (log): what a good model leaves. TTFT carries engine settings that nobody recorded.
 TPOT_SCALE, TTFT_SCALE = 0.08, 0.25
@@ -32,8 +34,9 @@ def read_serving(
 
     A row may have measured only one of the two. Refused with a reason: rows that cannot be priced, that measured
     nothing or what is no positive number, that may have speculated (their accepted length is not recorded), exact
-    duplicates, and TPOT below what reading the weights once would take. `rest`: the set whose values the coefficients
-    that are not fitted keep (physics).
+    duplicates, and what the hardware cannot do: TPOT below half the time to read the weights once, or requests that end
+    sooner than full data-sheet peaks could serve them (prompts found in a prefix cache, say). `rest`: the set whose
+    values the coefficients that are not fitted keep (physics).
     """
     missing = [name for name in SERVING if name not in table.columns]
     if missing:
@@ -43,6 +46,8 @@ def read_serving(
     nothing = np.isnan(measured)
     usable = (nothing | ((measured > 0) & (measured < np.inf))).all(axis=1) & ~nothing.all(axis=1)
     duplicate = table.duplicated().to_numpy()
+    least = fastest(parsed)
+    ends = (measured[:, 0] + np.maximum(_numbers(table, "osl") - 1.0, 0.0) * measured[:, 1]) * 1e-3
     refused, keep, cases = [], [], []
     for i, case in enumerate(parsed):
         word = str(table["speculation"].iloc[i]).lower() if "speculation" in table else ""
@@ -57,6 +62,8 @@ def read_serving(
             reason = "the same row again"
         elif measured[i][1] * 1e-3 < 0.5 * floor_seconds(case):
             reason = f"TPOT {measured[i][1]:g} ms is below half the time to read the weights once"
+        elif ends[i] < least[i]:
+            reason = "requests end sooner than at the data sheet's full peaks (a prefix cache? another model?)"
         if reason:
             refused.append(Refusal(i, reason, "serving"))
         elif isinstance(case, Case):
@@ -88,6 +95,25 @@ def _log_ttft_tpot(logs: Any, scenario: Scenario) -> Any:
 def labels_of(keys: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Level -> key of each row."""
     return {level: [k[level] for k in keys] for level in LEVELS}
+
+
+def _numbers(table: pd.DataFrame, name: str) -> Array:
+    return pd.to_numeric(table[name], errors="coerce").to_numpy(float)
+
+
+def fastest(parsed: Sequence[Any]) -> Array:
+    """Seconds (n,) from arrival to the last token at full peaks, no overheads, unlimited memory; 0 where no case."""
+    result = np.zeros(len(parsed))
+    valid = [i for i, case in enumerate(parsed) if isinstance(case, Case)]
+    if valid:
+        with jax.enable_x64(True):
+            x = scenarios_of([parsed[i] for i in valid], CoefficientSet("physics"))
+            priority = x.coefficients.prefill_priority
+            ideal = jax.tree.map(lambda leaf: np.full(len(valid), float(leaf)), Coefficients.ideal())
+            device = replace(x.device, capacity=np.full(len(valid), 1e18))
+            x = replace(x, device=device, coefficients=replace(ideal, prefill_priority=priority))
+            result[valid] = np.asarray(estimate(x).e2e)
+    return result
 
 
 def floor_seconds(case: Case) -> float:

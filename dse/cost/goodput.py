@@ -159,7 +159,7 @@ def goodput(s: Sharded, load: Load, lengths: Lengths, memory: Memory, cv: Number
     most = FULLEST * most_arrivals(x)
     u = crossing(lambda u: attainment(x, point(x, u), slo) - slo.attainment, 1e-6 * most, most, HALVINGS, SECANTS)
     reached = u > 1.5e-6 * most
-    u = jnp.where(u < most * (1.0 - 2.0**-18), u, most)
+    u = jnp.where(u < most * (1.0 - 2.0 ** (1 - HALVINGS - SECANTS)), u, most)
     result = describe(x, u, most, jnp.asarray(True), slo)
     return replace(result, rate=jnp.where(reached, result.rate, 0.0))
 

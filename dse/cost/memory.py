@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from dse.cost.coefficients import Coefficients
+from dse.cost.eplb import with_replicas
 from dse.cost.operators import cached_keys, shard_gemm
 from dse.cost.shard import dense_shapes, exchanges, expert_shapes, extra_shapes, sequence_shards, stage_share
 from dse.cost.types import Architecture, Device, FeedForward, Load, Mixer, Number, Plan, pytree
@@ -45,7 +46,7 @@ def _ffn_weights(ffn: FeedForward, hidden: Number, plan: Plan) -> Number:
     if ffn.routed is not None:
         one = sum((s.weights() for s in expert_shapes(ffn.routed, plan.moe_tp)), start=0.0)
         present = jnp.where(ffn.routed.top_k > 0, 1.0, 0.0)
-        size = size + present * ffn.routed.experts / plan.moe_ep * one * p.expert_bytes
+        size = size + present * with_replicas(ffn.routed, plan).experts / plan.moe_ep * one * p.expert_bytes
         size = size + sum((s.weights() for s in extra_shapes(ffn.routed, hidden)), start=0.0) * p.ffn_bytes
     return size
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from dse.cost.lengths import Lengths
 from dse.cost.memory import Memory
-from dse.cost.queueing import Moments, Wait, gg1, many_servers
+from dse.cost.queueing import Moments, Wait, companions, gg1, many_servers
 from dse.cost.serving import accepted_tokens, cycle
 from dse.cost.shard import Sharded
 from dse.cost.step import Batch, Segment, step
@@ -324,19 +324,18 @@ def point(x: Replica, u: Number, t: Times | None = None) -> Point:
     queue = both(queue, seats)
 
     # Prompts that came in the same iteration go before; those behind fill what is left of the last one.
-    come = rate * lasts[:, None]
-    before = 0.5 * come * prompt
-    behind = rate * (0.5 * lasts[:, None] + queue.mean + (pieces - 1.0) * full)
+    near, some = companions(rate, x.arrival_scv, 0.5 * lasts[:, None])
+    before = near * prompt
+    behind, _ = companions(rate, x.arrival_scv, 0.5 * lasts[:, None] + queue.mean + (pieces - 1.0) * full)
     fill = room * -jnp.expm1(-behind * jnp.minimum(1.0, prompt / jnp.maximum(room, 1.0)))
     beside = jnp.minimum(before + fill * jnp.maximum(1.0 - before / jnp.maximum(room, 1.0), 0.0), room)
-    some = -jnp.expm1(-0.5 * come)
     over = some * jnp.exp(-room * some / jnp.maximum(before, 1e-9))  # those before push it over the budget
     shared = curve(left + beside) - curve(left) + beside * x.mean(x.prompt * x.extra) / prompt + over * alone
-    delayed = jnp.broadcast_to(-jnp.expm1(-come), shared.shape)
+    delayed = jnp.broadcast_to(1.0 - (1.0 - some) ** 2, shared.shape)
     joined = Wait(
         mean=jnp.maximum(shared, 0.0),
         delayed=delayed,
-        scv=(uneven / jnp.maximum(come, 1e-9) + 1.0) * delayed - 1.0,
+        scv=(0.5 * uneven / jnp.maximum(near, 1e-9) + 1.0) * delayed - 1.0,
         utilisation=load,
         stable=load < 1.0,
     )

@@ -148,6 +148,14 @@ def gg1(rate: Number, arrival_scv: Number, service: Moments) -> Wait:
     )
 
 
+def companions(rate: Number, arrival_scv: Number, within: Number) -> tuple[Number, Number]:
+    """Mean number of others that come within an exponential time of mean `within` after an arrival, and the chance of
+    any: f/(1-f) and f = (1 + ca^2/(R w))^(-1/ca^2), the transform of gamma gaps. R w for Poisson arrivals."""
+    scv = jnp.maximum(arrival_scv, 1e-3)
+    some = (1.0 + scv / jnp.maximum(rate * within, 1e-9)) ** (-1.0 / scv)
+    return some / jnp.maximum(1.0 - some, 1e-9), some
+
+
 def many_servers(rate: Number, servers: Number, service: Number, scv: Number) -> Wait:
     """G/G/K with K slots: Halfin and Whitt's delay probability 1/(1 + b F(b)/f(b)), b = (1-r) sqrt(K), and a wait of
     E[S]/(K(1-r)) (ca^2+cs^2)/2 for those that wait (`scv` is that half sum). Good where K is ten or more.
@@ -229,7 +237,8 @@ def crossing(
     def solve(fall: Callable[[Number], Number], _: Number) -> Number:
         def narrow(i: Number, ends: tuple[Number, ...]) -> tuple[Number, ...]:
             low, high, above, below = ends
-            share = jnp.where(i < halvings, 0.5, jnp.clip(above / jnp.maximum(above - below, 1e-30), 0.0, 1.0))
+            blind = (i < halvings) | (high == top)  # what `fall` is at the top is not known
+            share = jnp.where(blind, 0.5, jnp.clip(above / jnp.maximum(above - below, 1e-30), 0.0, 1.0))
             place = low + share * (high - low)
             value = fall(place)
             met = value >= 0.0

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dse.cost import collectives as coll
 from dse.cost.coefficients import Coefficients
 from dse.cost.collectives import Fastest, Line, Lines
+from dse.cost.eplb import imbalance, with_replicas
 from dse.cost.operators import GemmShape, shard_gemm
 from dse.cost.roofline import Grouped, Roofline, gemm, grouped, rates
 from dse.cost.types import (
@@ -241,14 +242,15 @@ def _routed(
     slices = coll.group(topology, plan.moe_tp, 1.0)
     mode = 0.0 if plan.dispatch is None else plan.dispatch
     p = plan.precision
-
+    skew = imbalance(c.imbalance, routed, plan)
+    routed = with_replicas(routed, plan)
     return RoutedCost(
         work=grouped(routed, plan, device, c),
         dense=tuple(_roof(s, "ffn", plan, device, c) for s in extra_shapes(routed, hidden)),
         experts=routed.experts,
         top_k=routed.top_k,
         down_share=safe_divide(1.0, routed.matrices),
-        imbalance=1.0 + (c.imbalance - 1.0) * (1.0 - 1.0 / plan.moe_ep),
+        imbalance=skew,
         exchange=exchanges(plan) * jnp.where(routed.top_k > 0, 1.0, 0.0),
         dispatch=coll.dispatch(topology, ranks, routed, mode, routed.d_in * p.dispatch_bytes, c),
         combine=coll.combine(topology, ranks, routed, mode, routed.d_in * p.combine_bytes, c),

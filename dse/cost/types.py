@@ -215,6 +215,7 @@ class Plan:
     sequence_parallel: Number | None = None  # Megatron SP: reduce-scatter + all-gather in place of all-reduce
     cp_method: Number | None = None  # index of CP_METHODS (None: cp = 1 throughout)
     dispatch: Number | None = None  # index of DISPATCHES (None: auto)
+    eplb_replicas: Number | None = None  # redundant experts a layer over the whole expert group
 
 
 CP_METHODS = ("auto", "ulysses", "ring", "pass_kv", "pass_q")

@@ -56,6 +56,7 @@ SETTINGS: Mapping[str, tuple[str, Any]] = MappingProxyType(
         "static_batch": ("static batch", 0),
         "chunk": ("chunk", None),
         "speculation": ("draft tokens", 0),
+        "eplb_replicas": ("redundant experts", 0),
         "overlap": ("overlap", "none"),
         "dispatch": ("dispatch", "auto"),
         "cp_method": ("cp_method", "auto"),

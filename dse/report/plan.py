@@ -141,7 +141,7 @@ def headline(row: Row, model: bool = True) -> str:
         load = setting(get("concurrency"))
         parts.append(f"batch {load}" if get("static_batch", 0) else f"{load} in flight")
         parts[-1] += " a replica" if replicas > 1 else ""
-    for column in ("chunk", "speculation", "overlap", "dispatch", "cp_method", "sequence_parallel", "microbatches"):
+    for column in ("chunk", "speculation", "eplb_replicas", "overlap", "dispatch", "cp_method", "sequence_parallel", "microbatches"):
         if column in row and _says_something(row, column):
             name = SETTINGS[column][0]
             parts.append(name if column == "sequence_parallel" else f"{name} {setting(get(column))}")

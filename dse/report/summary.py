@@ -19,8 +19,8 @@ MOST_GROUPS = 8
 DELIVERED = ("output_tok_s_gpu", "tpot_ms", "ttft_ms", "tok_s_user", "usd_per_mtok", "memory_gib")
 PLAN_COLUMNS = (
     *("model", "gpu", "cluster", "gpus", "replicas", "tp", "pp", "attention_dp", "cp", "moe_ep", "moe_tp", "weights"),
-    *("kv", "concurrency", "static_batch", "chunk", "speculation", "overlap", "dispatch", "cp_method"),
-    *("sequence_parallel", "microbatches", "utilisation", "serving", "kv_transfer"),
+    *("kv", "concurrency", "static_batch", "chunk", "speculation", "eplb_replicas", "overlap", "dispatch"),
+    *("cp_method", "sequence_parallel", "microbatches", "utilisation", "serving", "kv_transfer"),
     *(
         f"{pool}_{column}"
         for pool in ("prefill", "decode")

@@ -127,7 +127,7 @@ _READ = frozenset(
         *REQUIRED,
         *_COUNTS,
         *("cluster", "engine", "engine_version", "weights", "kv", "moe_tp", "moe_ep", "prefix_hit"),
-        *("speculation", "overlap"),
+        *("speculation", "acceptance", "overlap", "eplb_replicas"),
     )
 )
 
@@ -211,6 +211,7 @@ def _case(row: dict[str, str]) -> Case:
             concurrency=counts["concurrency"],
             chunk=counts["chunk"],
             prefix_hit=_number(row, "prefix_hit", 0.0, low=0.0, high=1.0),
+            acceptance=_number(row, "acceptance", Load.acceptance, low=0.0, high=1.0),
             draft_tokens=_draft(row.get("speculation", ""), entry),
         ),
     )
@@ -227,6 +228,7 @@ def _degrees(row: dict[str, str], entry: ModelEntry, counts: dict[str, float]) -
     if pp > entry.layers:
         raise InputError(f"pp: {pp:g} is more than the {entry.layers} layers of {entry.name}")
     moe_ep = moe_tp = 1.0
+    replicas = 0.0
     if shape.moe[0]:
         ep, mtp = row.get("moe_ep", ""), row.get("moe_tp", "")
         moe_ep = _number(row, "moe_ep", 1.0, low=1.0, whole=True)
@@ -239,6 +241,7 @@ def _degrees(row: dict[str, str], entry: ModelEntry, counts: dict[str, float]) -
             raise InputError(
                 f"moe_ep * moe_tp = {moe_ep * moe_tp:g} is not tp * attention_dp * cp = {stage:g}; they share the GPUs"
             )
+        replicas = _replicas(row, int(shape.experts_of[0]), moe_ep)
     else:
         moe_tp = stage
     return {
@@ -248,7 +251,19 @@ def _degrees(row: dict[str, str], entry: ModelEntry, counts: dict[str, float]) -
         "cp": counts["cp"],
         "moe_tp": moe_tp,
         "moe_ep": moe_ep,
+        "eplb_replicas": replicas,
     }
+
+
+def _replicas(row: dict[str, str], experts: int, ep: float) -> float:
+    """Redundant experts a layer; none in a group of one."""
+    value = _number(row, "eplb_replicas", 0.0, low=0.0, high=1e5, whole=True)
+    if value and (experts + value) % ep:
+        raise InputError(
+            f"eplb_replicas: {value:g} with {experts} experts do not fill {ep:g} ranks evenly"
+            f" (allowed: {-experts % ep:g} and every {ep:g} more)"
+        )
+    return value if ep > 1 else 0.0
 
 
 def _number(
@@ -351,7 +366,7 @@ def scenarios_of(cases: Sequence[Case], coefficients: CoefficientSet) -> Scenari
 
     n = len(cases)
     plan = {name: np.array([c.plan[name] for c in cases]) for name in cases[0].plan}
-    sharded = bool((plan["cp"] > 1).any())
+    sharded, replicas = bool((plan["cp"] > 1).any()), plan.pop("eplb_replicas")
     loads = stack([c.load for c in cases])
     return Scenario(
         architecture=gather(
@@ -365,12 +380,12 @@ def scenarios_of(cases: Sequence[Case], coefficients: CoefficientSet) -> Scenari
             microbatches=np.zeros(n),
             precision=gather(lambda c: id(c.precision), lambda some: stack([c.precision for c in some])),
             cp_method=np.zeros(n) if sharded else None,
+            eplb_replicas=replicas if replicas.any() else None,
         ),
         load=replace(
             loads,
             draft_tokens=loads.draft_tokens if np.any(loads.draft_tokens) else None,
             waves=np.full(n, Load.waves),
-            acceptance=np.full(n, Load.acceptance),
         ),
         coefficients=gather(
             lambda c: (c.gpu.name, c.engine, c.version),

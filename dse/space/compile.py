@@ -63,6 +63,7 @@ class Designs:
     overlap_prefill: Array  # code in OVERLAPS
     overlap_decode: Array
     dispatch: Array  # code in DISPATCHES
+    eplb_replicas: Array  # redundant experts a layer of an expert group
     cp_method: Array  # code in CP_METHODS
     sequence_parallel: Array  # 0 or 1
     microbatches: Array  # 0: pp
@@ -274,6 +275,7 @@ def _rules(spec: SpaceSpec, combinations: Array, rows: Array) -> Rules:
         format_rows=rows,
         overlaps=np.array([[OVERLAPS.index(rule) for rule in pair] for pair in pairs], np.int64),
         dispatch=np.array([DISPATCHES.index(x) for x in axes.dispatch], np.int64),
+        eplb_replicas=np.array(axes.eplb_replicas, np.int64),
         cp_method=np.array([CP_METHODS.index(x) for x in axes.cp_method], np.int64),
         sequence_parallel=np.array(axes.sequence_parallel, np.int64),
         microbatches=np.array(axes.microbatches, np.int64),

@@ -43,6 +43,8 @@ CUT_DP = "dp replicas do not use the GPUs exactly"
 CUT_FORMAT = "the same number formats as another value"
 CUT_OVERLAP = "overlap rule that does not matter here"
 CUT_DISPATCH = "dispatch rule that does not matter here"
+CUT_EPLB = "eplb_replicas do not fill the ranks evenly"
+CUT_NO_EPLB = "eplb_replicas do not matter without ep"
 CUT_ULYSSES = "ulysses needs tp*cp within the KV heads"
 CUT_CP_METHOD = "cp_method does not matter without cp"
 CUT_SP = "sequence_parallel does not matter without tp"
@@ -90,6 +92,7 @@ class Rules:
     format_rows: Array  # (models, machines, combinations) row of the precision table; -1: a copy of an earlier one
     overlaps: Array  # (rules, 2): prefill, decode
     dispatch: Array
+    eplb_replicas: Array
     cp_method: Array
     sequence_parallel: Array
     microbatches: Array
@@ -290,6 +293,12 @@ def _rule_axes(facts: Facts, r: Rules) -> list[Axis]:
         value = np.where((value == node_limited) & ~limited, node_dedup, value)
         return [(CUT_DISPATCH, _keep_first(value))], {"dispatch": value}
 
+    def eplb(prefix: Columns) -> Verdict:
+        model, ep = prefix["model"], prefix["moe_ep"][:, None]
+        value = np.where(facts.moe[model][:, None] & (ep > 1), r.eplb_replicas[None, :], 0)
+        uneven = (facts.experts_of[model][:, None] + value) % ep != 0
+        return [(CUT_EPLB, (value > 0) & uneven), (CUT_NO_EPLB, _keep_first(value))], {"eplb_replicas": value}
+
     def cp_method(prefix: Columns) -> Verdict:
         cp, kv = prefix["cp"][:, None], facts.least_kv[prefix["model"]][:, None]
         value = np.where(cp > 1, r.cp_method[None, :], 0)
@@ -312,6 +321,7 @@ def _rule_axes(facts: Facts, r: Rules) -> list[Axis]:
         Axis("weights", len(r.formats), formats),
         Axis("overlap", len(r.overlaps), overlap),
         Axis("dispatch", len(r.dispatch), dispatch),
+        Axis("eplb_replicas", len(r.eplb_replicas), eplb),
         Axis("cp_method", len(r.cp_method), cp_method),
         Axis("sequence_parallel", len(r.sequence_parallel), sequence_parallel),
         Axis("microbatches", len(r.microbatches), microbatches),

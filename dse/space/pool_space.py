@@ -18,7 +18,7 @@ Array = np.ndarray
 MOST_RATIOS = 4096
 # What a pool's row says that is the deployment's, not the pool's.
 _SHARED = ("model", "isl", "osl", "prefix_hit")
-_LOADS = ("concurrency", "chunk", "speculation", "static_batch")
+_LOADS = ("concurrency", "chunk", "speculation", "acceptance", "static_batch")
 _LEFT_OUT = frozenset((*_SHARED, *_LOADS, "gpus", "replicas"))
 
 
@@ -157,7 +157,9 @@ def describe_pairs(pools: CompiledPools, flat: Array) -> pd.DataFrame:
     for name in ("gpu", "cluster"):
         both = [rows[pool][name].to_numpy() for pool in POOLS]
         columns[name] = [a if a == b else f"{a} + {b}" for a, b in zip(*both, strict=True)]
-    columns["speculation"] = rows["decode"]["speculation"]
+    for name in ("speculation", "acceptance"):
+        if name in rows["decode"]:
+            columns[name] = rows["decode"][name]
     columns["kv_transfer"] = np.array(pools.transfers, dtype=object)[transfer]
     names = {short: column for column, short in DEGREES.items()}
     for i, pool in enumerate(POOLS):

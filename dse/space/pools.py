@@ -25,7 +25,7 @@ DEGREES: Mapping[str, str] = {f"{name}_size": name for name in ("tp", "pp", "att
 # What a pool may have of its own; left out, it is what the row says for both.
 # A decode worker whose attention and FFN are split: GPUs of the experts beside those of attention, and micro-batches.
 FFN_GPUS, MICRO_BATCHES = "decode_ffn_gpus", "decode_micro_batches"
-OWN = ("gpu", "cluster", "weights", "kv", "overlap", "chunk")
+OWN = ("gpu", "cluster", "weights", "kv", "overlap", "chunk", "eplb_replicas")
 COLUMNS = frozenset(f"{pool}_{what}" for pool in POOLS for what in (WORKERS, *DEGREES, *OWN)) | {
     "kv_transfer",
     FFN_GPUS,

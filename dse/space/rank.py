@@ -34,6 +34,7 @@ DESIGN_AXES = (
     "overlap_prefill",
     "overlap_decode",
     "dispatch",
+    "eplb_replicas",
     "cp_method",
     "sequence_parallel",
     "microbatches",

@@ -101,6 +101,7 @@ class Axes(Strict):
     overlap_prefill: Rules = None
     overlap_decode: Rules = None
     dispatch: Annotated[tuple[str, ...], _names(DISPATCHES, "dispatch")] = ("auto",)
+    eplb_replicas: Annotated[tuple[int, ...], _numbers(low=0)] = (0,)
     draft_tokens: Annotated[tuple[int, ...], _numbers("tokens", low=0)] = (0,)
     microbatches: Annotated[tuple[int, ...], BeforeValidator(_microbatches)] = (0,)
     utilisation: Annotated[
@@ -131,6 +132,7 @@ ALIASES = {
     "speculation": "draft_tokens",
     "moe_ep": "ep",
     "replicas": "dp",
+    "redundant_experts": "eplb_replicas",
     "memory_utilisation": "utilisation",
     "utilization": "utilisation",
 }

@@ -43,6 +43,7 @@ def plans(compiled: CompiledSpace, designs: Array | slice | None = None) -> Plan
         sequence_parallel=used("sequence_parallel"),
         cp_method=column("cp_method") if np.any(d.cp > 1) else None,
         dispatch=used("dispatch"),
+        eplb_replicas=used("eplb_replicas"),
         overlap_prefill=column("overlap_prefill"),
         overlap_decode=column("overlap_decode"),
         microbatches=column("microbatches"),
@@ -114,6 +115,10 @@ def describe(compiled: CompiledSpace, flat: Array | Sequence[int]) -> pd.DataFra
         "gpus": d.gpus[design],
         "replicas": d.replicas[design],
     }
+    if np.any(o.draft_tokens):
+        columns["acceptance"] = np.full(len(design), compiled.spec.options.acceptance)
+    if np.any(d.eplb_replicas):
+        columns["eplb_replicas"] = d.eplb_replicas[design]
     return pd.DataFrame(columns, index=pd.RangeIndex(len(design)))
 
 

@@ -1,0 +1,213 @@
+"""Pipelines of more than one model: what each stage takes, what its pool makes requests wait, at a rate.
+
+TTFT = sum_i (wait_i + t_i + transfer_i), throughput = min_i (replicas_i batch_i / t_i). Three forms of stage:
+- batches (`Batched`: encoder, rerank, prefill, retrieval): a replica takes up to `batch` of the calls that wait. Calls
+  differ by kind (tokens, turn), so a batch's time has a mean and a variance. Stages that share a pool share its
+  replicas: their busy shares add up, and each waits for both.
+- continuous (`Continuous`: decode, aggregated LLM): calls join a running batch; TPOT and TTFT follow the number running,
+  which Little's law gives at a rate. What shares the pool takes a share of its time.
+- delays (gateway, tool): a time and no queue.
+The wait is that of c servers (Sakasegawa 1977), which for one server and batches of one is Pollaczek-Khinchine's.
+Ignored: correlation of a request's waits, failures, links that several pools saturate together.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from dse.cost.coefficients import Coefficients
+from dse.cost.evaluate import Scenario
+from dse.cost.pool_steps import decode_times
+from dse.cost.queueing import BUSIEST, many_servers
+from dse.cost.serving import flow
+from dse.cost.shard import shard
+from dse.cost.step import Batch, Segment, step
+from dse.cost.types import Architecture, Device, Number, Plan, Topology, pytree
+from dse.numerics import safe_divide
+
+
+@pytree
+class Job:
+    """Alike sequences through a model in one step: `tokens` new ones each, behind `cached` ones.
+
+    `bidirectional`: 1 where every token sees the whole sequence (encoders), 0 where only what came before.
+    """
+
+    architecture: Architecture
+    device: Device
+    topology: Topology
+    plan: Plan
+    coefficients: Coefficients
+    sequences: Number
+    tokens: Number
+    cached: Number = 0.0
+    bidirectional: Number = 0.0
+
+
+def job_times(x: Job) -> tuple[Number, Number]:
+    """(seconds until it is through, seconds that it occupies each pipeline stage); 0 where it has no tokens.
+
+    A token of a bidirectional sequence of T sees T keys: as if the sequence began at T/2, for S + T/2 keys are seen.
+    """
+    s = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    some = x.sequences * x.tokens > 0
+    tokens = jnp.where(some, x.tokens, 1.0)
+    start = x.cached + 0.5 * x.bidirectional * tokens
+    requests = jnp.where(some, x.sequences, 1.0)
+    prompts = Segment(requests=requests, tokens=tokens, start=start, span=tokens)
+    t = step(s, Batch(prefill=prompts, decode=None), x.plan.overlap_prefill)
+    return jnp.where(some, flow(s, t, 1.0), 0.0), jnp.where(some, t.total, 0.0)
+
+
+def decode_time(x: Scenario) -> Number:
+    """TPOT of a decode worker with `load.concurrency` requests running."""
+    s = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    return decode_times(s, x.load, x.load.concurrency).tpot
+
+
+def scan_time(index_bytes: Number, scan: Number, batch: Number, bandwidth: Number, base: Number) -> Number:
+    """A batch of queries over an index: base + bytes of the lists that any of them probes / bandwidth.
+
+    Each query reads a share `scan` of the lists, at random: of b queries 1 - (1 - scan)^b is read once.
+    """
+    read = -jnp.expm1(batch * jnp.log1p(-jnp.minimum(scan, 1.0 - 1e-9)))
+    return base + index_bytes * read / bandwidth
+
+
+@pytree
+class Batched:
+    """A stage that takes calls in batches. Seconds; `calls` of the stage a request of the pipeline, in the mean."""
+
+    first: Number  # a lone call of the first turn, until it is through
+    alone: Number  # a lone call, mean over kinds
+    together: Number  # a call in a full batch
+    service: Number  # a full batch occupies a replica, mean
+    square: Number  # of that, mean of squares over batches of one kind each
+    batch: Number
+    calls: Number
+
+    @property
+    def capacity(self) -> Number:
+        """Requests/s of the pipeline that one replica serves, if it serves nothing else."""
+        return safe_divide(self.batch, self.service * self.calls, otherwise=1e12)
+
+
+def batched(
+    alone: Number, full: Number, service: Number, weight: Number, first: Number, batch: Number, calls: Number
+) -> Batched:
+    """A stage of the times of its kinds (..., kinds): latency of a lone call and in a full batch, occupied seconds.
+
+    `weight`: shares of the calls; `first`: shares of the first turn's. A batch mixes kinds: its mean is theirs.
+    """
+    return Batched(
+        first=jnp.sum(first * alone, -1),
+        alone=jnp.sum(weight * alone, -1),
+        together=jnp.sum(weight * full, -1),
+        service=jnp.sum(weight * service, -1),
+        square=jnp.sum(weight * service**2, -1),
+        batch=batch,
+        calls=calls,
+    )
+
+
+@pytree
+class Continuous:
+    """A stage that calls join and leave. Leaves (..., k) by number of running calls a replica, ascending."""
+
+    rate: Number  # (..., k) calls/s of a replica
+    ttft: Number  # (..., k) seconds to the first token (0: decode)
+    tpot: Number  # (..., k)
+    residence: Number  # (..., k) seconds in the replica
+    seats: Number  # calls that may run on a replica
+    scv: Number  # of the residence
+    calls: Number
+
+    @property
+    def capacity(self) -> Number:
+        return self.rate[..., -1] / self.calls
+
+
+@pytree
+class Load:
+    """A pool at a rate: what it adds to a request."""
+
+    wait: Number  # before each batched stage, a call
+    utilisation: Number
+    stable: Number
+
+
+def pool_load(rate: Number, stages: tuple[Batched, ...], replicas: Number) -> Load:
+    """Batched stages on `replicas` replicas, `rate` requests/s of the pipeline; all finite, `stable` says whether true.
+
+    rho = sum of the stages' calls/s * service/(batch c). With probability rho^(sqrt(2(c+1))-1) all replicas are busy;
+    a call then waits for the running batch, [t/2](1 + cv^2/b), and for the backlog, which drains at b/t:
+    W = rho^(sqrt(2(c+1))-1)/(c (1-rho)) [(1-rho) t/2 (1 + cv^2/b) + rho t/(2b) (1 + cv^2)],
+    t, b, cv weighted by the stages' shares of rho. One server, b = 1: R E[S^2]/(2(1-rho)). rho -> 1: 1/(2 mu (1-rho)).
+    """
+    each = [rate * s.calls * s.service / (s.batch * replicas) for s in stages]
+    whole = sum(each, start=0.0 * replicas)
+    rho = jnp.clip(whole, 0.0, BUSIEST)
+    residual, backlog = 0.0 * rho, 0.0 * rho
+    for share, s in zip(each, stages, strict=True):
+        spread = jnp.maximum(safe_divide(s.square, s.service**2, otherwise=1.0) - 1.0, 0.0)
+        now = s.alone + rho * (s.service - s.alone)
+        part = safe_divide(share, whole)
+        residual = residual + part * 0.5 * now * (1.0 + spread / s.batch)
+        backlog = backlog + part * 0.5 * s.service / s.batch * (1.0 + spread)
+    busy = jnp.where(rho > 0, jnp.maximum(rho, 1e-12) ** (jnp.sqrt(2.0 * (replicas + 1.0)) - 1.0), 0.0)
+    wait = busy / (replicas * (1.0 - rho)) * ((1.0 - rho) * residual + rho * backlog)
+    return Load(wait=wait, utilisation=whole, stable=whole < 1.0)
+
+
+def in_batch(s: Batched, utilisation: Number) -> tuple[Number, Number]:
+    """(first turn's, mean) seconds of a call's own batch: alone where the pool is idle, in a full batch where busy."""
+    more = jnp.clip(utilisation, 0.0, 1.0) * (s.together - s.alone)
+    return s.first + more, s.alone + more
+
+
+@pytree
+class Running:
+    """A continuous stage at a rate: seconds of a call."""
+
+    wait: Number  # for a seat
+    ttft: Number
+    tpot: Number
+    utilisation: Number
+    stable: Number
+
+
+def running(s: Continuous, rate: Number, replicas: Number, lost: Number) -> Running:
+    """`rate` requests/s over `replicas`, which lose a share `lost` of their time to what shares the pool.
+
+    Between the priced numbers of running calls times are linear in the rate; below the first, its own.
+    """
+    left = 1.0 - jnp.clip(lost, 0.0, BUSIEST)
+    each = rate * s.calls / (replicas * left)
+    ends = s.rate
+    steps = jnp.diff(ends, axis=-1)
+    inside = jnp.clip(each[..., None] - ends[..., :-1], 0.0, jnp.maximum(steps, 0.0))
+
+    def at(values: Number) -> Number:
+        return (values[..., 0] + jnp.sum(safe_divide(inside * jnp.diff(values, axis=-1), steps), -1)) / left
+
+    seats = s.seats * replicas
+    full = ends[..., -1] * replicas
+    wait = many_servers(each * replicas, seats, seats / full, 0.5 * (1.0 + s.scv)).mean / left
+    busy = each / ends[..., -1]
+    return Running(wait=wait, ttft=at(s.ttft), tpot=at(s.tpot), utilisation=busy, stable=(busy < 1.0) & (lost < 1.0))
+
+
+__all__ = [
+    "Batched",
+    "Continuous",
+    "Job",
+    "Load",
+    "Running",
+    "batched",
+    "decode_time",
+    "in_batch",
+    "job_times",
+    "pool_load",
+    "running",
+    "scan_time",
+]
