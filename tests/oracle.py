@@ -205,7 +205,6 @@ def rhythm(x: Any, fits: float) -> Any:
         budget=budget,
         waves=waves,
         alive=alive,
-        met=seen * others,  # others whose prompts a request meets
         arriving=seen * others * prompt / (answer + pieces),
         theirs=seen * prompt / (answer + pieces) * n * spread,
     )
@@ -273,11 +272,18 @@ def serve(x: Any, fits: float) -> dict[str, Any]:
     last = running * prompt / wave
     burst = through(prefill, max(1.0, last if static else (max(prompt / wave, 1.0) + last) / 2))
 
-    # Prompts first
-    arrivals = loop.met / answer  # prompts of others in a decode step
-    together = clamp(at_least_one(arrivals) * prompt, piece, load.chunk)
-    alone = step([prompts(together)], plan.overlap_prefill, x)
-    stall = arrivals * prompt / together * period(alone)
+    # Prompts first: those of others in a decode step of ours, and of another rank's
+    def rush(tokens: float) -> tuple[float, float]:
+        prompts_a_step = tokens / prompt * (answer + pieces) / answer
+        return prompts_a_step, clamp(at_least_one(prompts_a_step) * prompt, piece, load.chunk)
+
+    (arrivals, together), (foreign, packed) = rush(arriving), rush(loop.theirs)
+    prefilling = foreign * prompt / packed  # steps of prompts for each of decode, on another rank
+    chance = prefilling / (prefilling + 1)
+    met = chance * packed + (1 - chance) * held * loop.verified
+    alone = step([prompts(together)], plan.overlap_prefill, x, others=met)
+    longer = max(period(alone) - t_decode, 0.0)  # a decode step while any other rank has prompts
+    stall = arrivals * prompt / together * period(alone) + busy_ranks(ranks, 0.0, chance)[0] * longer
     paused = t_decode + (1 - c.cohort / 2) * stall
     company = prompt * (1 + 2 * arrivals)
     width = clamp(company, piece, load.chunk)

@@ -23,7 +23,7 @@ PHYSICS = CoefficientSet("physics")
 
 
 def greedy(experts: int, ranks: int, replicas: int, power: float) -> float:
-    """Replicate the expert with the most load a replica, then pack fullest first into equal ranks: busiest over mean."""
+    """Replicate the expert with the most load a replica, then pack fullest first: busiest over mean."""
     load = np.arange(1, experts + 1) ** -power
     count = np.ones(experts)
     for _ in range(replicas):
@@ -71,9 +71,8 @@ def test_limits() -> None:
     assert share(1.2, 256.0, 32.0, 0.0) == 1.2
     assert share(1.2, 256.0, 32.0, 32.0 * 10_000) == pytest.approx(1.0, abs=1e-3)
     assert share(1.0, 256.0, 1.0, 32.0) == 1.0
-    few = [share(3.0, 256.0, 256.0 + r, float(r)) for r in (0, 16, 32, 64, 128, 256)]
-    assert few == sorted(few, reverse=True)
-    assert few[0] > few[1] > few[2] > 1.0
+    hottest = [share(3.0, 256.0, 256.0 + r, float(r)) / (256.0 + r) for r in (0, 16, 32, 64, 128, 256)]
+    assert (np.diff(hottest) < 0).all()  # load of the hottest slot, each rank holding one
 
 
 def test_the_exponent_gives_the_hottest_expert_and_has_a_slope() -> None:
@@ -140,7 +139,7 @@ SPACE = {
 
 
 def test_a_search_over_replicas_and_drafts_equals_estimate_of_its_rows() -> None:
-    result = search(parse_space(SPACE), PHYSICS)
+    result = search(parse_space(SPACE), coefficients=PHYSICS)
     rows = result.candidates
     assert set(rows["eplb_replicas"]) == {0, 32}
     assert set(rows["speculation"]) == {0, 1, 3}

@@ -37,10 +37,10 @@ def search(
     from dse.report.summary import summarise
     from dse.report.text import render
     from dse.search.run import search as run
-    from dse.space.load import load_space
+    from dse.space.load import load_any
 
     compile_cache()
-    spec = load_space(space)
+    spec = load_any(space)
     output_directory(out)  # before the work, not after
     with progress(f"{spec.name}: plans priced") as advance:
         result = run(

@@ -47,21 +47,77 @@ def workloads(
 
 @app.command()
 def placement(
-    mean_isl: Annotated[float, typer.Option(min=4, max=2048, help="Mean prompt tokens (lognormal).")],
-    mean_osl: Annotated[float, typer.Option(min=4, max=2048, help="Mean output tokens (lognormal).")],
-    gpus: Annotated[int, typer.Option(min=2, max=64, help="A100-80G GPUs.")] = 4,
+    mean_isl: Annotated[float, typer.Option(min=4, help="Mean prompt tokens (lognormal).")],
+    mean_osl: Annotated[float, typer.Option(min=4, help="Mean output tokens (lognormal).")],
+    model: Annotated[
+        str | None, typer.Option(help="Model to place; left out: OPT-13B on A100, by DistServe's own profile.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="GPU, with --model.")] = "a100",
+    cluster: Annotated[str, typer.Option(help="Cluster, with --model (the GPU's usual one).")] = "",
+    gpus: Annotated[int, typer.Option(min=2, max=4096, help="GPUs that a placement may take.")] = 4,
     ttft_ms: Annotated[float, typer.Option(min=1, help="TTFT that 90% of requests must meet.")] = 200.0,
     tpot_ms: Annotated[float, typer.Option(min=1, help="TPOT that 90% of requests must meet.")] = 100.0,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="CSV file to write as well.")] = None,
+    jointly: Annotated[bool, typer.Option(help="Both at once, not each by itself; with --model.")] = False,
+    weights: Annotated[str, typer.Option(help="Weight format, with --model.")] = "native",
+    kv: Annotated[str, typer.Option(help="KV format, with --model.")] = "auto",
+    profile: Annotated[str, typer.Option(help="auto, own (the cost model) or distserve (OPT-13B only).")] = "auto",
+    coefficients: CoefficientSet = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="CSV file to write as well: all columns.")] = None,
 ) -> None:
-    """Place OPT-13B as DistServe does: every prefill and decode placement with its goodput, best first."""
-    from dse.published.tables import placement_table
+    """Place prefill and decode as DistServe does: every placement with its goodput, L_m and traffic, best first."""
+    from dse.catalog.coefficients import coefficient_set
+    from dse.errors import InputError, unknown
+    from dse.published.tables import placement_table as published_placements
+    from dse.space.placement import SHOWN, PlacementAsked, placement_table
 
+    if profile not in ("auto", "own", "distserve"):
+        raise unknown("profile", profile, ("auto", "own", "distserve"), "--profile")
+    theirs = profile == "distserve" or (profile == "auto" and model is None)
     compile_cache()
-    table = placement_table(mean_isl, mean_osl, gpus, ttft_ms, tpot_ms)
+    if theirs:
+        if model is not None and model.rsplit("/", 1)[-1].lower() != "opt-13b":
+            raise InputError(f"--profile: distserve has a profile of OPT-13B only, not {model} (allowed: own)")
+        if gpus > 64 or mean_isl > 2048 or mean_osl > 2048:
+            raise InputError(
+                "--profile: distserve takes up to 64 GPUs and 2048 tokens; give --model for the cost model"
+            )
+        table = shown = published_placements(mean_isl, mean_osl, gpus, ttft_ms, tpot_ms)
+    else:
+        asked = PlacementAsked(
+            model=model or "OPT-13B",
+            gpu=gpu,
+            cluster=cluster,
+            mean_isl=mean_isl,
+            mean_osl=mean_osl,
+            gpus=gpus,
+            ttft_ms=ttft_ms,
+            tpot_ms=tpot_ms,
+            jointly=jointly,
+            weights=weights,
+            kv=kv,
+        )
+        table = placement_table(asked, coefficient_set(coefficients))
+        shown = table[[*SHOWN]].head(20).round(3)
     if out is not None:
         write_csv(table, out)
-    show_table("placements by requests/s a GPU", dicts(table), False)
+    show_table("placements by requests/s a GPU", dicts(shown), False)
+
+
+@app.command()
+def traffic(
+    cases: Annotated[Path, typer.Argument(help="CSV of estimate's columns.")],
+    out: Out,
+    coefficients: CoefficientSet = None,
+) -> None:
+    """Write the bytes a second that a GPU of each deployment sends over each level of its network."""
+    from dse.catalog.coefficients import coefficient_set
+    from dse.space.traffic import traffic_cases
+
+    compile_cache()
+    result = traffic_cases(read_csv(cases), coefficient_set(coefficients))
+    write_csv(result, out)
+    bad = int((result["reason"] != "").sum())
+    typer.echo(f"{out}: {len(result)} rows" + (f", {bad} not counted (see `reason`)" if bad else ""))
 
 
 @app.command()

@@ -4,10 +4,11 @@ TTFT = sum_i (wait_i + t_i + transfer_i), throughput = min_i (replicas_i batch_i
 - batches (`Batched`: encoder, rerank, prefill, retrieval): a replica takes up to `batch` of the calls that wait. Calls
   differ by kind (tokens, turn), so a batch's time has a mean and a variance. Stages that share a pool share its
   replicas: their busy shares add up, and each waits for both.
-- continuous (`Continuous`: decode, aggregated LLM): calls join a running batch; TPOT and TTFT follow the number running,
-  which Little's law gives at a rate. What shares the pool takes a share of its time.
+- continuous (`Continuous`: decode, aggregated LLM): calls join a running batch; TPOT and TTFT follow the number
+  running, which Little's law gives at a rate. What shares the pool takes a share of its time.
 - delays (gateway, tool): a time and no queue.
-The wait is that of c servers (Sakasegawa 1977), which for one server and batches of one is Pollaczek-Khinchine's.
+The wait is that of c servers (Sakasegawa 1977), which for one server and batches of one is Pollaczek-Khinchine's;
+within 20% of a simulation for batches up to 8 and for several servers (tests/test_pipeline.py).
 Ignored: correlation of a request's waits, failures, links that several pools saturate together.
 """
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Scenario
 from dse.cost.pool_steps import decode_times
-from dse.cost.queueing import BUSIEST, many_servers
+from dse.cost.queueing import BUSIEST
 from dse.cost.serving import flow
 from dse.cost.shard import shard
 from dse.cost.step import Batch, Segment, step
@@ -81,6 +82,7 @@ class Batched:
     first: Number  # a lone call of the first turn, until it is through
     alone: Number  # a lone call, mean over kinds
     together: Number  # a call in a full batch
+    single: Number  # a lone call occupies a replica, mean
     service: Number  # a full batch occupies a replica, mean
     square: Number  # of that, mean of squares over batches of one kind each
     batch: Number
@@ -93,18 +95,25 @@ class Batched:
 
 
 def batched(
-    alone: Number, full: Number, service: Number, weight: Number, first: Number, batch: Number, calls: Number
+    latency: tuple[Number, Number],
+    occupied: tuple[Number, Number],
+    weight: Number,
+    first: Number,
+    batch: Number,
+    calls: Number,
 ) -> Batched:
-    """A stage of the times of its kinds (..., kinds): latency of a lone call and in a full batch, occupied seconds.
+    """A stage of the times of its kinds (..., kinds), each of a lone call and of a full batch: until it is through, and
+    while it occupies a replica.
 
     `weight`: shares of the calls; `first`: shares of the first turn's. A batch mixes kinds: its mean is theirs.
     """
     return Batched(
-        first=jnp.sum(first * alone, -1),
-        alone=jnp.sum(weight * alone, -1),
-        together=jnp.sum(weight * full, -1),
-        service=jnp.sum(weight * service, -1),
-        square=jnp.sum(weight * service**2, -1),
+        first=jnp.sum(first * latency[0], -1),
+        alone=jnp.sum(weight * latency[0], -1),
+        together=jnp.sum(weight * latency[1], -1),
+        single=jnp.sum(weight * occupied[0], -1),
+        service=jnp.sum(weight * occupied[1], -1),
+        square=jnp.sum(weight * occupied[1] ** 2, -1),
         batch=batch,
         calls=calls,
     )
@@ -117,9 +126,8 @@ class Continuous:
     rate: Number  # (..., k) calls/s of a replica
     ttft: Number  # (..., k) seconds to the first token (0: decode)
     tpot: Number  # (..., k)
-    residence: Number  # (..., k) seconds in the replica
     seats: Number  # calls that may run on a replica
-    scv: Number  # of the residence
+    scv: Number  # of the time that a call stays
     calls: Number
 
     @property
@@ -129,39 +137,51 @@ class Continuous:
 
 @pytree
 class Load:
-    """A pool at a rate: what it adds to a request."""
+    """A pool at a rate."""
 
-    wait: Number  # before each batched stage, a call
-    utilisation: Number
+    wait: Number  # seconds before each batched stage, a call
+    utilisation: Number  # with full batches: what is left of 1 is left to serve more
     stable: Number
+    filled: tuple[Number, ...]  # by stage: 0 where calls run alone, 1 in full batches
 
 
 def pool_load(rate: Number, stages: tuple[Batched, ...], replicas: Number) -> Load:
-    """Batched stages on `replicas` replicas, `rate` requests/s of the pipeline; all finite, `stable` says whether true.
+    """Batched stages on c = `replicas` replicas, `rate` requests/s of the pipeline; finite, `stable` says whether true.
 
-    rho = sum of the stages' calls/s * service/(batch c). With probability rho^(sqrt(2(c+1))-1) all replicas are busy;
-    a call then waits for the running batch, [t/2](1 + cv^2/b), and for the backlog, which drains at b/t:
-    W = rho^(sqrt(2(c+1))-1)/(c (1-rho)) [(1-rho) t/2 (1 + cv^2/b) + rho t/(2b) (1 + cv^2)],
-    t, b, cv weighted by the stages' shares of rho. One server, b = 1: R E[S^2]/(2(1-rho)). rho -> 1: 1/(2 mu (1-rho)).
+    A batch takes what came while the one before ran, n = R t(n)/c of 1..b calls, t(n) straight between a lone call's
+    and a full batch's. A call waits for the running batch, if all replicas are busy (share beta, from rho up to
+    a/(a + exp(-a)), a = R t(n)/c: after a batch none may have come), and for the backlog, which drains at b/t(b), with
+    rho the busy share in full batches:
+    W = [beta^k t(n)/2 (1 + cv^2/n) + rho^(k+1)/(1-rho) t(b)/(2b) (1 + cv^2)]/c, k = sqrt(2(c+1)) - 1,
+    weighted by the stages' shares. One server, b = 1: R E[S^2]/(2(1-rho)); rho -> 1: t(b)/(2 b c (1-rho)).
     """
     each = [rate * s.calls * s.service / (s.batch * replicas) for s in stages]
     whole = sum(each, start=0.0 * replicas)
     rho = jnp.clip(whole, 0.0, BUSIEST)
-    residual, backlog = 0.0 * rho, 0.0 * rho
+    busy, weights, residual, backlog, filled = 0.0 * rho, 0.0 * rho, 0.0 * rho, 0.0 * rho, []
     for share, s in zip(each, stages, strict=True):
+        free = replicas * (1.0 - jnp.clip(whole - share, 0.0, BUSIEST))
+        arrivals, more = rate * s.calls / free, safe_divide(s.service - s.single, s.batch - 1.0)
+        n = safe_divide(arrivals * (s.single - more), 1.0 - arrivals * more, otherwise=s.batch)
+        n = jnp.clip(jnp.where(arrivals * more < 1.0, n, s.batch), 1.0, s.batch)
+        time = s.single + (n - 1.0) * more
         spread = jnp.maximum(safe_divide(s.square, s.service**2, otherwise=1.0) - 1.0, 0.0)
-        now = s.alone + rho * (s.service - s.alone)
-        part = safe_divide(share, whole)
-        residual = residual + part * 0.5 * now * (1.0 + spread / s.batch)
-        backlog = backlog + part * 0.5 * s.service / s.batch * (1.0 + spread)
-    busy = jnp.where(rho > 0, jnp.maximum(rho, 1e-12) ** (jnp.sqrt(2.0 * (replicas + 1.0)) - 1.0), 0.0)
-    wait = busy / (replicas * (1.0 - rho)) * ((1.0 - rho) * residual + rho * backlog)
-    return Load(wait=wait, utilisation=whole, stable=whole < 1.0)
+        own = rate * s.calls * time / (n * replicas)
+        weights = weights + own
+        found = arrivals * time
+        busy = busy + jnp.minimum(own, found / (found + jnp.exp(-found)))
+        residual = residual + own * 0.5 * time * (1.0 + spread / n)
+        backlog = backlog + safe_divide(share, whole) * 0.5 * s.service / s.batch * (1.0 + spread)
+        filled.append(safe_divide(n - 1.0, s.batch - 1.0))
+    power = jnp.sqrt(2.0 * (replicas + 1.0)) - 1.0
+    residual = safe_divide(residual, weights) * jnp.clip(jnp.maximum(busy, rho), 1e-12, 1.0) ** power
+    backlog = backlog * jnp.maximum(rho, 1e-12) ** (power + 1.0) / (1.0 - rho)
+    return Load(wait=(residual + backlog) / replicas, utilisation=whole, stable=whole < 1.0, filled=tuple(filled))
 
 
-def in_batch(s: Batched, utilisation: Number) -> tuple[Number, Number]:
-    """(first turn's, mean) seconds of a call's own batch: alone where the pool is idle, in a full batch where busy."""
-    more = jnp.clip(utilisation, 0.0, 1.0) * (s.together - s.alone)
+def in_batch(s: Batched, filled: Number) -> tuple[Number, Number]:
+    """(first turn's, mean) seconds of a call's own batch."""
+    more = filled * (s.together - s.alone)
     return s.first + more, s.alone + more
 
 
@@ -179,7 +199,8 @@ class Running:
 def running(s: Continuous, rate: Number, replicas: Number, lost: Number) -> Running:
     """`rate` requests/s over `replicas`, which lose a share `lost` of their time to what shares the pool.
 
-    Between the priced numbers of running calls times are linear in the rate; below the first, its own.
+    Between the priced numbers of running calls times are linear in the rate; below the first, its own. For a seat a
+    call waits as before K = seats * replicas servers: rho^(sqrt(2(K+1))-1)/(1-rho) (1 + cv^2)/2 over the largest rate.
     """
     left = 1.0 - jnp.clip(lost, 0.0, BUSIEST)
     each = rate * s.calls / (replicas * left)
@@ -192,8 +213,9 @@ def running(s: Continuous, rate: Number, replicas: Number, lost: Number) -> Runn
 
     seats = s.seats * replicas
     full = ends[..., -1] * replicas
-    wait = many_servers(each * replicas, seats, seats / full, 0.5 * (1.0 + s.scv)).mean / left
     busy = each / ends[..., -1]
+    rho = jnp.clip(busy, 1e-12, BUSIEST)
+    wait = rho ** (jnp.sqrt(2.0 * (seats + 1.0)) - 1.0) / (1.0 - rho) * 0.5 * (1.0 + s.scv) / (full * left)
     return Running(wait=wait, ttft=at(s.ttft), tpot=at(s.tpot), utilisation=busy, stable=(busy < 1.0) & (lost < 1.0))
 
 

@@ -4,7 +4,7 @@ Every form takes one queue (numbers; vmap for many) and stays finite where it ha
 so, and the other fields are then those at `BUSIEST`. Domains, held by tests/test_queueing.py against a recursion:
 - M/D/1 and its pipeline forms: exact means and exact tail (Poisson arrivals, one length, first come first served).
 - M/G/1: exact mean and second moment (Pollaczek-Khinchine, Takacs); percentiles by a two-moment fit of the wait of
-  those that wait (Tijms 2003), within 10% where service has a coefficient of variation up to 2.
+  those that wait (Tijms 2003), within 10% where service has a coefficient of variation up to 1 (17% off at 2).
 - G/G/1: independent gaps, gamma where burstier than Poisson (coefficient of variation up to 3: means within 8%,
   percentiles 20%), and down to 0.5 where smoother and the load is 0.5 or more (20%). Correlated bursts are outside.
 """

@@ -211,7 +211,7 @@ def serve(s: Sharded, load: Load, memory: Memory) -> Served:
     burst_steps = jnp.where(static > 0, waiting, 0.5 * (waiting + jnp.maximum(wave, q.prompt))) / wave
     burst = flow(s, prefill, jnp.maximum(burst_steps, 1.0))
     if c.prefill_priority is not None:
-        paused, first_served = _prompts_first(s, load, q, prompts, token)
+        paused, first_served = _prompts_first(s, load, q, prompts, held, t_decode, token)
         paused, first_served = t_decode + paused * (1.0 - 0.5 * c.cohort), first_served + late
         first_served = first_served + c.cohort * (burst - first_served)
         cycle_time = cycle_time + c.prefill_priority * (paused - cycle_time)
@@ -240,16 +240,29 @@ def _among(s: Sharded, group: Number) -> Sharded:
     return replace(s, plan=replace(s.plan, attention_dp=group))
 
 
-def _prompts_first(s: Sharded, load: Load, q: Loop, prompts: Any, token: Number) -> tuple[Number, Number]:
+def _prompts_first(
+    s: Sharded, load: Load, q: Loop, prompts: Any, held: Number, t_decode: Number, token: Number
+) -> tuple[Number, Number]:
     """(stall a decode step, seconds to a first token) where prompts get steps of their own, ahead of decode.
 
-    An own prompt goes with k = 1 + 2 lam prompts: those of its step and of the cohort it came in.
+    An own prompt goes with k = 1 + 2 lam prompts: those of its step and of the cohort it came in. While another
+    attention-DP rank runs prompts, a rank without any still decodes its `held` requests, in a step as long as theirs.
     """
-    lam = safe_divide(q.arriving * (q.decode_steps + q.chunks), q.prompt * q.decode_steps)
-    largest = jnp.maximum(load.chunk, q.piece)
-    together = jnp.clip(drawn(lam) * q.prompt, q.piece, largest)
-    alone = step(s, Batch(prefill=prompts(together), decode=None), s.plan.overlap_prefill)
-    stall = lam * q.prompt / together * cycle(s, alone, q.draft, q.flights)
+    ranks, largest = s.plan.attention_dp, jnp.maximum(load.chunk, q.piece)
+
+    def arrivals(tokens: Number) -> tuple[Number, Number]:
+        """Prompts a decode step of a rank to which so many tokens a step come, and the tokens that go together."""
+        lam = safe_divide(tokens * (q.decode_steps + q.chunks), q.prompt * q.decode_steps)
+        return lam, jnp.clip(drawn(lam) * q.prompt, q.piece, largest)
+
+    (lam, together), (theirs, elsewhere) = arrivals(q.arriving), arrivals(q.elsewhere)
+    steps_theirs = theirs * q.prompt / elsewhere
+    share = steps_theirs / (1.0 + steps_theirs)  # of another rank's steps that are prompts'
+    met = share * elsewhere + (1.0 - share) * held * (1.0 + q.draft)
+    group = 1.0 + (ranks - 1.0) * met / together
+    alone = step(_among(s, group), Batch(prefill=prompts(together), decode=None), s.plan.overlap_prefill)
+    t_alone = cycle(s, alone, q.draft, q.flights)
+    stall = lam * q.prompt / together * t_alone + any_of(ranks - 1.0, share) * jnp.maximum(t_alone - t_decode, 0.0)
     tokens = (1.0 + 2.0 * lam) * q.prompt
     wide = jnp.clip(tokens, q.piece, largest)
     steps = jnp.maximum(q.chunks, 0.5 * (tokens + wide) / wide)

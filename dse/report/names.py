@@ -32,6 +32,14 @@ METRIC_LABELS: Mapping[str, Label] = MappingProxyType(
         "gpus": Label("GPUs", "number of GPUs", ""),
         "usd_per_mtok": Label("$/Mtok", "cost", "USD/M output tokens"),
         "memory_gib": Label("mem GiB", "memory a GPU", "GiB"),
+        "goodput_req_s_gpu": Label("req/s/GPU", "goodput", "requests/s/GPU"),
+        "ttft_p90_ms": Label("TTFT P90 ms", "TTFT P90", "ms"),
+        "ttft_p99_ms": Label("TTFT P99 ms", "TTFT P99", "ms"),
+        "tpot_p90_ms": Label("TPOT P90 ms", "TPOT P90", "ms"),
+        "attainment": Label("attainment", "share of requests within targets", ""),
+        "requests_s": Label("req/s", "requests a second", "requests/s"),
+        "requests_s_gpu": Label("req/s/GPU", "requests a GPU", "requests/s/GPU"),
+        "usd_per_request": Label("$/request", "cost of a request", "USD"),
     }
 )
 
@@ -67,6 +75,7 @@ SETTINGS: Mapping[str, tuple[str, Any]] = MappingProxyType(
         "osl": ("osl", None),
         "prefix_hit": ("prefix hit", 0),
         "serving": ("serving", None),
+        "pipeline": ("pipeline", None),
         "kv_transfer": ("KV transfer", "after_prefill"),
         **{
             f"{pool}_{column}": (f"{pool} {head}", usual)

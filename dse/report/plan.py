@@ -131,6 +131,8 @@ def summarise_plan(row: Row, role: str, constraints: Sequence[tuple[str, str, fl
 def headline(row: Row, model: bool = True) -> str:
     """`Llama-3.1-70B on 2 × h100: tp 2, weights fp8, kv fp8, 87 in flight, chunk 1024, overlap partial`."""
     get = row.get
+    if "pipeline" in row:
+        return f"{plain(row['pipeline'])} ({setting(get('gpus'))} × {plain(get('gpu', 'GPU'))})"
     if is_split(row):
         return _split_headline(row, model)
     degrees = [f"{SETTINGS[d][0]} {setting(get(d))}" for d in DEGREES if int(get(d, 1)) > 1] or ["tp 1"]
@@ -141,7 +143,16 @@ def headline(row: Row, model: bool = True) -> str:
         load = setting(get("concurrency"))
         parts.append(f"batch {load}" if get("static_batch", 0) else f"{load} in flight")
         parts[-1] += " a replica" if replicas > 1 else ""
-    for column in ("chunk", "speculation", "eplb_replicas", "overlap", "dispatch", "cp_method", "sequence_parallel", "microbatches"):
+    for column in (
+        "chunk",
+        "speculation",
+        "eplb_replicas",
+        "overlap",
+        "dispatch",
+        "cp_method",
+        "sequence_parallel",
+        "microbatches",
+    ):
         if column in row and _says_something(row, column):
             name = SETTINGS[column][0]
             parts.append(name if column == "sequence_parallel" else f"{name} {setting(get(column))}")

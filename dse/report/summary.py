@@ -20,7 +20,7 @@ DELIVERED = ("output_tok_s_gpu", "tpot_ms", "ttft_ms", "tok_s_user", "usd_per_mt
 PLAN_COLUMNS = (
     *("model", "gpu", "cluster", "gpus", "replicas", "tp", "pp", "attention_dp", "cp", "moe_ep", "moe_tp", "weights"),
     *("kv", "concurrency", "static_batch", "chunk", "speculation", "eplb_replicas", "overlap", "dispatch"),
-    *("cp_method", "sequence_parallel", "microbatches", "utilisation", "serving", "kv_transfer"),
+    *("cp_method", "sequence_parallel", "microbatches", "utilisation", "serving", "kv_transfer", "pipeline"),
     *(
         f"{pool}_{column}"
         for pool in ("prefill", "decode")

@@ -24,6 +24,7 @@ from dse.search.recheck import Rechecked, recheck
 from dse.search.result import Binding, SearchResult
 from dse.space.compile import CompiledSpace, compile_space
 from dse.space.intervals import uncertainty_of
+from dse.space.pipeline import PipelineSpec
 from dse.space.schema import SpaceSpec
 
 SAMPLERS = ("grid", "tpe", "nsga2", "random")
@@ -33,7 +34,7 @@ COMPARABLE = 20_000_000  # spaces small enough for a sampled front to be compare
 
 
 def search(
-    spec: SpaceSpec,
+    spec: SpaceSpec | PipelineSpec,
     sampler: str = "grid",
     trials: int = 1000,
     engine: str = "local",
@@ -54,6 +55,8 @@ def search(
     for value, allowed, what in ((sampler, SAMPLERS, "sampler"), (engine, ENGINES, "engine")):
         if value not in allowed:
             raise InputError(f"--{what}: {value!r} is not known (allowed: {', '.join(allowed)})")
+    if isinstance(spec, PipelineSpec):
+        return _pipeline(spec, sampler, engine, coefficients, intervals)
     if spec.disaggregated is not None:
         return _with_pools(spec, sampler, engine, seed, coefficients, progress, intervals)
     sure = _sure(coefficients) if intervals else None
@@ -71,6 +74,26 @@ def search(
         whole = recheck(space, c, sweep(space, c).front.indices)
         result = replace(result, hypervolume_ratio=_ratio(result, whole))
     return _named(result, coefficients)
+
+
+def _pipeline(
+    spec: PipelineSpec,
+    sampler: str,
+    engine: str,
+    coefficients: CoefficientSet | Coefficients | None,
+    intervals: bool,
+) -> SearchResult:
+    """Pipelines exhaustively, here: they are few once each stage's plans are priced."""
+    from dse.search.pipeline_result import search_pipeline
+
+    for wrong, text in (
+        (sampler != "grid", f"--sampler: {sampler!r} does not search a pipeline (allowed: grid)"),
+        (engine != "local", f"--engine: {engine!r} does not search a pipeline (allowed: local)"),
+        (intervals, "--intervals: are not known of a pipeline; leave them out"),
+    ):
+        if wrong:
+            raise InputError(f"{spec.where}: {text}")
+    return search_pipeline(spec, coefficients, BEST)
 
 
 def _with_pools(

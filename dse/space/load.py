@@ -1,4 +1,4 @@
-"""From a file (or plain data) to a `SpaceSpec`; everything wrong with it in one `InputError`."""
+"""From a file (or plain data) to a `SpaceSpec`, or a `PipelineSpec`; all that is wrong with it in one `InputError`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,26 @@ from pydantic import BaseModel, ValidationError
 
 from dse.errors import InputError
 from dse.space import values as v
+from dse.space.pipeline import PipelineSpec
 from dse.space.schema import ALIASES, Axes, SpaceSpec
 from dse.space.yaml_file import parse_yaml, read_text
 
 MOST_SHOWN = 10
 
 
-def load_space(path: str | Path) -> SpaceSpec:
-    """The search space in a YAML file."""
+def load_any(path: str | Path) -> SpaceSpec | PipelineSpec:
+    """The search space in a YAML file: of one model, or (with the key `pipeline`) of a pipeline."""
     path = Path(path)
-    return parse_space(parse_yaml(read_text(path), str(path)), str(path))
+    data = parse_yaml(read_text(path), str(path))
+    return parse_pipeline(data, str(path)) if "pipeline" in data else parse_space(data, str(path))
+
+
+def load_space(path: str | Path) -> SpaceSpec:
+    """The search space of one model in a YAML file."""
+    spec = load_any(path)
+    if isinstance(spec, PipelineSpec):
+        raise InputError(f"{path}: is a pipeline of several models, which only `dse search` reads")
+    return spec
 
 
 def parse_space(mapping: Mapping[str, Any], where: str = "space") -> SpaceSpec:
@@ -31,7 +41,17 @@ def parse_space(mapping: Mapping[str, Any], where: str = "space") -> SpaceSpec:
     try:
         spec = SpaceSpec.model_validate(dict(mapping))
     except ValidationError as error:
-        raise together(where, [_line(item) for item in error.errors(include_url=False)]) from None
+        raise together(where, [_line(item, SpaceSpec) for item in error.errors(include_url=False)]) from None
+    spec._where = where
+    return spec
+
+
+def parse_pipeline(mapping: Mapping[str, Any], where: str = "pipeline") -> PipelineSpec:
+    """The pipeline in plain data; `where` begins every message."""
+    try:
+        spec = PipelineSpec.model_validate(dict(mapping))
+    except ValidationError as error:
+        raise together(where, [_line(item, PipelineSpec) for item in error.errors(include_url=False)]) from None
     spec._where = where
     return spec
 
@@ -45,11 +65,11 @@ def together(where: str, problems: list[str]) -> InputError:
     return InputError("\n  ".join([f"{where}: {len(problems)} problems", *problems[:MOST_SHOWN], *more]))
 
 
-def _line(item: Any) -> str:
+def _line(item: Any, root: type[BaseModel]) -> str:
     place = _place(item["loc"])
     if item["type"] == "extra_forbidden":
         parent, key = item["loc"][:-1], item["loc"][-1]
-        return f"{_place(parent) or 'top level'}: {v.nearest(key, _known(parent), 'key')}"
+        return f"{_place(parent) or 'top level'}: {v.nearest(key, _known(parent, root), 'key')}"
     if item["type"] == "missing":
         return f"{place}: is required; " + _REMEDIES.get(place.split("[")[0], "add it")
     message = item["msg"].removeprefix("Value error, ")
@@ -75,16 +95,16 @@ def _place(loc: tuple[Any, ...]) -> str:
     return text.removeprefix(".")
 
 
-def _known(loc: tuple[Any, ...]) -> list[str]:
-    """The keys allowed at a place, by walking the spec's classes."""
-    cls: type[BaseModel] = SpaceSpec
+def _known(loc: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
+    """The keys allowed at a place, by walking the spec's classes from `root`."""
+    cls = root
     for part in loc:
         if isinstance(part, int):
             continue
         annotation = cls.model_fields[str(part)].annotation
-        nested = [annotation, *get_args(annotation)]
+        nested = [annotation, *get_args(annotation), *(x for arg in get_args(annotation) for x in get_args(arg))]
         cls = next(t for t in nested if isinstance(t, type) and issubclass(t, BaseModel))
     return [*cls.model_fields, *(ALIASES if cls is Axes else ())]
 
 
-__all__ = ["load_space", "parse_space", "together"]
+__all__ = ["load_any", "load_space", "parse_pipeline", "parse_space", "together"]

@@ -31,7 +31,19 @@ METRICS = MappingProxyType(
     }
 )
 
+# Of pipelines of several models; requests and tokens of the whole pipeline, GPUs of all its pools.
+PIPELINE_METRICS = MappingProxyType(
+    {
+        **{
+            name: METRICS[name] for name in ("ttft_ms", "tpot_ms", "e2e_ms", "output_tok_s_gpu", "gpus", "usd_per_mtok")
+        },
+        "requests_s": Metric("requests/s", "max"),
+        "requests_s_gpu": Metric("requests/s", "max"),
+        "usd_per_request": Metric("USD", "min"),
+    }
+)
+
 # What only an open loop has: at the given rate, or without one at the goodput.
 OPEN = ("goodput_req_s_gpu", "ttft_p90_ms", "ttft_p99_ms", "tpot_p90_ms", "attainment")
 
-__all__ = ["METRICS", "OPEN", "Metric"]
+__all__ = ["METRICS", "OPEN", "PIPELINE_METRICS", "Metric"]

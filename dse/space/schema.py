@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from dse.catalog.precision import ACTIVATIONS, KV_FORMATS, WEIGHTS
 from dse.cost.types import CP_METHODS, DISPATCHES, OVERLAPS, TRANSFERS
 from dse.space import values as v
-from dse.space.metrics import METRICS
+from dse.space.metrics import METRICS, Metric
 
 _FORMATS = {"fp16": "bf16", "bfloat16": "bf16", "float16": "bf16", "nvfp4": "fp4", "mxfp8": "fp8"}
 
@@ -271,8 +271,8 @@ class Bound(Strict):
     max: float | None = None
 
 
-def _bound(metric: str, value: Any) -> dict[str, float]:
-    unit, better = METRICS[metric]
+def _bound(metric: Metric, value: Any) -> dict[str, float]:
+    unit, better = metric
     usual = "max" if better == "min" else "min"
     if not isinstance(value, Mapping):
         raise ValueError(f"{v.shown(value)} does not say which side is allowed; write {{{usual}: {value}}}")
@@ -304,7 +304,7 @@ class Hardware(Strict):
     clusters: dict[str, Any] = {}
 
 
-def _objectives(value: Any) -> Any:
+def _objectives(value: Any, metrics: Mapping[str, Metric] = METRICS) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError(
             f"{v.shown(value)} is not names with directions; write {{output_tok_s_gpu: max, tpot_ms: min}}"
@@ -313,13 +313,13 @@ def _objectives(value: Any) -> Any:
         raise ValueError(f"{len(value)} objectives (allowed: 1 to 4); a front of more has no reader")
     result = []
     for name, direction in value.items():
-        if name not in METRICS:
-            raise ValueError(v.nearest(name, list(METRICS), "metric"))
+        if name not in metrics:
+            raise ValueError(v.nearest(name, list(metrics), "metric"))
         short = str(direction).lower()[:3] if isinstance(direction, str) else ""
         if short not in ("min", "max"):
             raise ValueError(f".{name}: {v.shown(direction)} is not a direction (allowed: min, max)")
-        if short != METRICS[name].better:
-            raise ValueError(f".{name}: {direction} would look for the worst plans (allowed: {METRICS[name].better})")
+        if short != metrics[name].better:
+            raise ValueError(f".{name}: {direction} would look for the worst plans (allowed: {metrics[name].better})")
         result.append((name, short))
     return tuple(result)
 
@@ -327,15 +327,15 @@ def _objectives(value: Any) -> Any:
 Objectives = Annotated[tuple[tuple[str, Literal["min", "max"]], ...], BeforeValidator(_objectives)]
 
 
-def _constraints(value: Any) -> Any:
+def _constraints(value: Any, metrics: Mapping[str, Metric] = METRICS) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError(f"{v.shown(value)} is not metrics with bounds; write {{ttft_ms: {{max: 1000}}}}")
     result = {}
     for name, bound in value.items():
-        if name not in METRICS:
-            raise ValueError(v.nearest(name, list(METRICS), "metric"))
+        if name not in metrics:
+            raise ValueError(v.nearest(name, list(metrics), "metric"))
         try:
-            result[name] = _bound(name, bound)
+            result[name] = _bound(metrics[name], bound)
         except ValueError as error:
             raise ValueError(f".{name}: {error}") from None
     return result

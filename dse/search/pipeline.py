@@ -1,0 +1,274 @@
+"""The search of a pipeline: every stage's plans priced by themselves, then all pools met exactly, rate by rate.
+
+At a given rate (requests/s) what a pool adds to a request does not depend on the other pools, but for the transfer
+between two of them. So TTFT, E2E, GPUs and USD are sums over pools, and pools are folded one after the other. Of
+partial pipelines with the same ends (machine, GPUs of a replica, cache format), one that is no better in any sum that
+is asked for can be on no front, whatever follows: it is left out (`prune`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dse.cost.coefficients import Coefficients
+from dse.cost.pipeline import Batched, in_batch, pool_load, running
+from dse.cost.pools import link
+from dse.search.pipeline_stages import Priced, at_rows
+from dse.space.pipeline import DELAYS, PipelineSpec, StageSpec
+from dse.space.pipeline_compile import CompiledPipeline
+from dse.units import MS
+
+Array = np.ndarray
+SUMS = ("ttft", "total", "tpot", "gpus", "usd")  # of a (partial) pipeline: seconds, seconds, seconds, GPUs, USD an hour
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The options of a pool, leaves (N,); `at` has the rates as the first axis, (R, N)."""
+
+    stages: tuple[StageSpec, ...]
+    design: Array  # (N, stages) rows of the stages' designs
+    replicas: Array
+    gpus: Array
+    usd: Array
+    memory: Array  # bytes a GPU
+    ends: Array  # (N, 3 + stages): machine, GPUs of a replica, bytes of a cached element, bytes each stage hands on
+    at: dict[str, Array]  # ttft, total, tpot, utilisation, stable, and a stage's wait and time: `wait encode`
+
+
+# ------------------------------------------------------------------------------------------------- pools at rates
+
+
+def _pool_kernel(rate: Any, stages: tuple[Any, ...], shares: tuple[float, ...], replicas: Any) -> dict[str, Any]:
+    """What a pool adds to a request.
+
+    A continuous stage loses the time of the batched ones and waits for what they run; they wait out its iteration.
+    """
+    load = pool_load(rate, tuple(s for s in stages if isinstance(s, Batched)), replicas)
+    lone = next((s for s in stages if not isinstance(s, Batched)), None)
+    run = None if lone is None else running(lone, rate, replicas, load.utilisation)
+    found = {"ttft": 0.0, "total": 0.0, "tpot": 0.0, "utilisation": load.utilisation, "stable": load.stable}
+    if run is not None:
+        found["tpot"] = run.tpot
+        found["utilisation"] = load.utilisation + run.utilisation * (1.0 - load.utilisation)
+        found["stable"] = load.stable & run.stable
+    filled = iter(load.filled)
+    for i, (s, share) in enumerate(zip(stages, shares, strict=True)):
+        if isinstance(s, Batched):
+            wait, (first, mean) = load.wait + 0.5 * found["tpot"], in_batch(s, next(filled))
+        else:
+            wait, first, mean = run.wait + load.wait, run.ttft, run.ttft  # type: ignore[union-attr]
+        found["ttft"] += share * (wait + first)
+        found["total"] += s.calls * (wait + mean)
+        found[f"wait {i}"], found[f"time {i}"] = wait, first
+    return found
+
+
+@cache
+def _pool_compiled() -> Any:
+    return jax.jit(_pool_kernel, static_argnums=2)
+
+
+def pools_at(p: CompiledPipeline, c: Coefficients, priced: dict[str, Priced]) -> list[Pool]:
+    """Every pool's options (designs of its stages on one plan, times replicas) within the budget, at every rate."""
+    return [_pool(p, c, stages, [priced[s.name] for s in stages]) for stages in p.spec.pools]
+
+
+def _pool(p: CompiledPipeline, c: Coefficients, stages: tuple[StageSpec, ...], priced: list[Priced]) -> Pool:
+    owner = stages[0]
+    of_place: dict[Any, list[list[int]]] = {}
+    for i, s in enumerate(stages):
+        for row, d in enumerate(p.designs[s.name]):
+            of_place.setdefault(d.place, [[] for _ in stages])[i].append(row)
+    chosen = np.array([x for rows in of_place.values() for x in itertools.product(*rows)], np.int64)
+    first = [p.designs[owner.name][i] for i in chosen[:, 0]]
+    machine, lanes = np.array([d.machine for d in first]), np.array([d.tp * d.pp for d in first], float)
+    each = [x.held[chosen[:, i]] - (x.reserve[chosen[:, i]] if i else 0.0) for i, x in enumerate(priced)]
+    held = np.sum(each, axis=0)
+    if owner.host is not None:
+        price_of, gpus, fits = np.full(len(first), owner.host.usd_per_hour), 0.0 * lanes, np.ones(len(first), bool)
+    else:
+        price_of, gpus = np.asarray(p.devices.price)[machine], lanes
+        fits = held <= np.asarray(p.devices.capacity)[machine] * np.asarray(c.utilisation)[machine, 0]
+    row, copies = (x.ravel() for x in np.meshgrid(np.arange(len(chosen)), np.array(owner.replicas), indexing="ij"))
+    keep = fits[row] & (gpus[row] * copies <= p.spec.gpus)
+    row, copies = row[keep], copies[keep].astype(float)
+    design = chosen[row]
+    cached = np.max([x.cache[design[:, i]] for i, x in enumerate(priced)], axis=0)
+    handed = [x.handed[design[:, i]] for i, x in enumerate(priced)]
+    ends = np.stack([machine[row], lanes[row], cached, *handed], axis=1)
+    leaves = tuple(at_rows(x.times, design[:, i]) for i, x in enumerate(priced))
+    shares = tuple(p.kinds[s.name].share for s in stages)
+    rates = np.array(p.spec.rates)[:, None]
+    at = {
+        k: np.broadcast_to(np.asarray(v), (len(rates), len(row))) for k, v in _at_rates(rates, leaves, shares, copies)
+    }
+    usd = price_of[row] * lanes[row] * copies
+    return Pool(stages, design, copies, gpus[row] * copies, usd, held[row], ends, at)
+
+
+def _at_rates(rates: Array, leaves: Any, shares: tuple[float, ...], copies: Array) -> Any:
+    if not len(copies):
+        names = ("ttft", "total", "tpot", "utilisation", "stable")
+        return [(name, np.zeros((len(rates), 0))) for name in names]
+    return [(k, v) for k, v in _pool_compiled()(jnp.asarray(rates), leaves, shares, copies).items()]
+
+
+# ------------------------------------------------------------------------------------------------ pools together
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A hand-over of a stage (the `slot`-th of its pool) to another pool: share of requests, calls a request.
+
+    `caches`: both ends must keep the cache in one format.
+    """
+
+    stage: str
+    slot: int
+    caches: bool
+    source: int
+    target: int
+    share: float
+    calls: float
+
+
+def edges(p: CompiledPipeline) -> list[Edge]:
+    """Between neighbours that run on GPUs of different pools, and hand something on."""
+    of = {s.name: (i, k) for i, stages in enumerate(p.spec.pools) for k, s in enumerate(stages)}
+    staged = [s for s in p.spec.pipeline if s.kind not in DELAYS]
+    found = []
+    for a, b in itertools.pairwise(staged):
+        (source, slot), (target, _) = of[a.name], of[b.name]
+        if source != target and a.kind != "retrieval" and a.host is None and b.host is None:
+            k = p.kinds[a.name]
+            found.append(Edge(a.name, slot, a.kind == "prefill", source, target, k.share, k.calls))
+    return found
+
+
+def lines(p: CompiledPipeline, c: Coefficients) -> dict[tuple[int, int], tuple[float, float]]:
+    """(fixed, a byte) between two machines, by the slowest level that a deployment of the whole budget spans."""
+    found = {}
+    for a, b in itertools.product(range(len(p.machines)), repeat=2):
+        ends = at_rows(p.topologies, a), at_rows(p.topologies, b)
+        apart = float(p.machines[a].cluster.name != p.machines[b].cluster.name)
+        free = float(p.spec.transfers == "free")
+        line = link(ends, (at_rows(c, (a, 0)), at_rows(c, (b, 0))), float(p.spec.gpus), apart, free)
+        found[a, b] = float(line.fixed), float(line.per_byte)
+    return found
+
+
+def transfer(e: Edge, ways: dict[tuple[int, int], tuple[float, float]], source: Array, target: Array) -> float:
+    """Seconds of a hand-over between two ends: all GPUs of the smaller replica send or take in at once."""
+    fixed, per_byte = ways[int(source[0]), int(target[0])]
+    handed = source[3 + e.slot]
+    return float(fixed + per_byte * handed / min(source[1], target[1])) if handed > 0 else 0.0
+
+
+def delays(spec: PipelineSpec) -> tuple[float, float]:
+    """(seconds before the first token, seconds of the whole request) that no queue is part of."""
+    turns = spec.loop.turns
+    each = [(s.time_ms * MS, turns if s.every_turn else 1) for s in spec.pipeline if s.kind in DELAYS]
+    tools = (turns - 1) * spec.loop.tool_latency_ms * MS
+    return sum(t for t, _ in each), sum(t * n for t, n in each) + tools
+
+
+def asked(spec: PipelineSpec) -> tuple[int, ...]:
+    """Positions in SUMS that an objective or a limit depends on. GPUs always: the budget."""
+    names = {name for name, _ in spec.objectives} | set(spec.constraints)
+    needs = {"gpus"}
+    needs |= {"usd"} if names & {"usd_per_request", "usd_per_mtok"} else set()
+    needs |= {"ttft"} if "ttft_ms" in names else set()
+    needs |= {"tpot"} if names & {"tpot_ms", "e2e_ms"} else set()
+    needs |= {"total"} if "e2e_ms" in names else set()
+    return tuple(i for i, name in enumerate(SUMS) if name in needs)
+
+
+def _best(values: Array, dims: tuple[int, ...]) -> Array:
+    """Positions that no other row beats or equals; of equal rows the first."""
+    import moocore
+
+    if len(values) < 2:
+        return np.arange(len(values))
+    columns = np.ascontiguousarray(values[:, dims], float)
+    if len(dims) == 1:
+        return np.array([int(np.argmin(columns[:, 0]))])
+    return np.flatnonzero(moocore.is_nondominated(columns, keep_weakly=False))
+
+
+@dataclass(frozen=True)
+class Met:
+    """Whole pipelines at one rate: options by pool (n, pools), and their SUMS (n, 5)."""
+
+    options: Array
+    sums: Array
+
+
+def meet(
+    p: CompiledPipeline, pools: list[Pool], r: int, ways: dict[tuple[int, int], tuple[float, float]], prune: bool = True
+) -> Met:
+    """All pipelines at rate `r` within the budget, every pool stable, but for those that can be on no front."""
+    joins, dims = edges(p), asked(p.spec)
+    start = np.zeros((1, len(SUMS)))
+    start[0, :2] = delays(p.spec)
+    partial: list[tuple[Array, Array]] = [(np.zeros((1, 0), np.int64), start)]  # alike in their ends
+    for i, pool in enumerate(pools):
+        stable = np.flatnonzero(pool.at["stable"][r])
+        adds = np.stack([*(pool.at[name][r, stable] for name in SUMS[:3]), pool.gpus[stable], pool.usd[stable]], axis=1)
+        groups: dict[Any, tuple[Array, Array]] = {}
+        alike, of = np.unique(pool.ends[stable], axis=0, return_inverse=True)
+        for (options, sums), e in itertools.product(partial, range(len(alike))):
+            members = np.flatnonzero(of.ravel() == e)
+            members = members[_best(adds[members], dims)] if prune else members
+            more = _hand_over(pools, options[0], i, alike[e], joins, ways)
+            if more is None or not len(members):
+                continue
+            total = (sums[:, None] + adds[members][None]).reshape(-1, len(SUMS))
+            total[:, :2] += more
+            total[:, 2] = np.maximum(sums[:, None, 2], adds[members][None, :, 2]).ravel()
+            names = np.column_stack([np.repeat(options, len(members), 0), np.tile(stable[members], len(options))])
+            keep = total[:, 3] <= p.spec.gpus
+            key = _open_ends(pools, names[0], i, joins)
+            a, b = groups.get(key, (names[:0], total[:0]))
+            groups[key] = np.concatenate([a, names[keep]]), np.concatenate([b, total[keep]])
+        partial = []
+        for options, sums in groups.values():
+            if len(options):
+                kept = _best(sums, dims) if prune else np.arange(len(options))
+                partial.append((options[kept], sums[kept]))
+    if not partial:
+        return Met(np.zeros((0, len(pools)), np.int64), np.zeros((0, len(SUMS))))
+    return Met(*(np.concatenate(x) for x in zip(*partial, strict=True)))
+
+
+def _hand_over(
+    pools: list[Pool], options: Array, i: int, end: Array, joins: list[Edge], ways: Any
+) -> tuple[float, float] | None:
+    """What joining pool `i` adds to (TTFT, whole request); None where two caches differ."""
+    first = whole = 0.0
+    for e in joins:
+        if max(e.source, e.target) != i:
+            continue
+        other = pools[min(e.source, e.target)].ends[options[min(e.source, e.target)]]
+        a, b = (other, end) if e.source < e.target else (end, other)
+        if e.caches and a[2] != b[2]:
+            return None
+        t = transfer(e, ways, a, b)
+        first, whole = first + e.share * t, whole + e.calls * t
+    return first, whole
+
+
+def _open_ends(pools: list[Pool], options: Array, i: int, joins: list[Edge]) -> Any:
+    """The ends that later pools will still meet."""
+    left = {min(e.source, e.target) for e in joins if max(e.source, e.target) > i}
+    return tuple((q, *pools[q].ends[options[q]].tolist()) for q in sorted(left) if q <= i)
+
+
+__all__ = ["Edge", "Met", "Pool", "asked", "delays", "edges", "lines", "meet", "pools_at", "transfer"]
