@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, is_dataclass
 from typing import Any
+
+# Before numpy: several test processes with a BLAS pool each wait for each other on a small machine.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import numpy as np

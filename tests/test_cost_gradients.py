@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import Columns, columns
+from scenarios import with_priorities
 
 from dse.cost.evaluate import Scenario, estimate, estimate_one
 from dse.cost.types import replace, stack
@@ -60,8 +61,11 @@ def gradients(scenarios: list[Scenario], derive: Any) -> dict[str, dict[str, np.
     return {name: {k: np.asarray(v) for k, v in row.items()} for name, row in rows.items()}
 
 
-def rounded(scenarios: list[Scenario], rounding: float | None) -> list[Scenario]:
-    return [replace(x, coefficients=replace(x.coefficients, rounding=rounding)) for x in scenarios]
+def varied(scenarios: list[Scenario], how: str) -> list[Scenario]:
+    """As they are, with rounded corners, or of engines that let prompts go first."""
+    if how == "rounded":
+        return [replace(x, coefficients=replace(x.coefficients, rounding=0.1)) for x in scenarios]
+    return with_priorities(scenarios) if how == "prompts first" else scenarios
 
 
 def assert_finite(found: dict[str, dict[str, np.ndarray]]) -> None:
@@ -95,11 +99,9 @@ def scale_name(name: str, here: Columns) -> str:
     return "ttft" if name == "served.queue" else name
 
 
-@pytest.mark.parametrize("rounding", [None, 0.1])
-def test_forward_gradients_are_finite_and_equal_finite_differences(
-    random_batch: list[Scenario], rounding: float | None
-) -> None:
-    scenarios = rounded(random_batch, rounding)
+@pytest.mark.parametrize("how", ["plain", "rounded", "prompts first"])
+def test_forward_gradients_are_finite_and_equal_finite_differences(random_batch: list[Scenario], how: str) -> None:
+    scenarios = varied(random_batch, how)
     with jax.enable_x64(True):
         found = gradients(scenarios, jax.jacfwd)
         assert_finite(found)
@@ -127,6 +129,6 @@ def test_forward_gradients_are_finite_and_equal_finite_differences(
     assert skipped < 0.1 * compared, (skipped, compared)
 
 
-@pytest.mark.parametrize("rounding", [None, 0.1])
-def test_reverse_gradients_are_finite_in_single(random_batch: list[Scenario], rounding: float | None) -> None:
-    assert_finite(gradients(rounded(random_batch[:100], rounding), jax.jacrev))
+@pytest.mark.parametrize("how", ["plain", "rounded", "prompts first"])
+def test_reverse_gradients_are_finite_in_single(random_batch: list[Scenario], how: str) -> None:
+    assert_finite(gradients(varied(random_batch[:100], how), jax.jacrev))

@@ -241,14 +241,19 @@ def _simulated(i: int, found: OpenLoop, cvs: tuple[float, float], requests: int,
     return ttft, np.where(osl[:, kept] > 1, tpot, np.nan)
 
 
-# plan, utilisation -> allowed errors of mean TTFT, P90 TTFT, mean TPOT, P90 TPOT
+# utilisation -> allowed relative errors of mean TTFT, P90 TTFT, mean TPOT, P90 TPOT
 AGREES = {0.2: (0.05, 0.10, 0.05, 0.10), 0.5: (0.06, 0.10, 0.06, 0.10), 0.8: (0.08, 0.15, 0.10, 0.16)}
+NEAR = 0.1  # the share within targets lies between those of targets so much tighter and looser
 
 
 @pytest.mark.parametrize("i", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_closed_forms_agree_with_the_step_simulator(i: int) -> None:
     shares = np.array(list(AGREES))
     found = at_share(i, LENGTHS, shares)
+    tight, loose = (
+        at_share(i, LENGTHS, shares, slo=Slo(ttft=SLO.ttft * k, tpot=SLO.tpot * k)).attainment
+        for k in (1 - NEAR, 1 + NEAR)
+    )
     ttft, tpot = _simulated(i, found, (0.8, 0.8), 6000, seed=3)
     for k, allowed in enumerate(AGREES.values()):
         errors = (
@@ -258,8 +263,8 @@ def test_closed_forms_agree_with_the_step_simulator(i: int) -> None:
             found.tpot_p90[k] / np.nanquantile(tpot[k], 0.9) - 1.0,
         )
         assert np.all(np.abs(errors) <= allowed), (shares[k], errors)
-        share = np.mean((ttft[k] <= SLO.ttft) & ~(tpot[k] > SLO.tpot))
-        assert float(found.attainment[k]) == pytest.approx(share, abs=0.08)
+        within = np.mean((ttft[k] <= SLO.ttft) & ~(tpot[k] > SLO.tpot))
+        assert tight[k] - 0.02 <= within <= loose[k] + 0.02
 
 
 # ------------------------------------------------------------------------------------------------- searches

@@ -83,11 +83,12 @@ def read_serving(
         measured=np.log(measured[keep] * 1e-3),
         scale=np.array([TTFT_SCALE, TPOT_SCALE]),
         refused=tuple(refused),
-        **compiled(_log_ttft_tpot, scenarios),
+        **compiled(log_ttft_tpot, scenarios),
     )
 
 
-def _log_ttft_tpot(logs: Any, scenario: Scenario) -> Any:
+def log_ttft_tpot(logs: Any, scenario: Scenario) -> Any:
+    """Log seconds (2,) of one scenario by the logs of the fitted coefficients (F,)."""
     result = estimate_one(replace(scenario, coefficients=apply(logs, scenario.coefficients)))
     return jnp.log(jnp.stack([result.ttft, result.tpot]))
 

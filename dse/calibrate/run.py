@@ -13,6 +13,7 @@ import yaml
 
 from dse.calibrate.collectives import KINDS, collective_source, read_collectives
 from dse.calibrate.fit import Fitted, HeldOut, cross_validate, fit, folds, predictions
+from dse.calibrate.kernel_priors import kernel_priors
 from dse.calibrate.observations import SERIES, read_serving
 from dse.calibrate.parameters import Layout
 from dse.calibrate.read import Tables
@@ -64,6 +65,12 @@ def sources_of(tables: Tables | pd.DataFrame, rest: CoefficientSet | None = None
     return tuple(found)
 
 
+def _priors(tables: Tables | pd.DataFrame, seed: int, given: Priors | None) -> Priors:
+    """What tables of single kernels say of shared coefficients, and over it what is given."""
+    known = {} if isinstance(tables, pd.DataFrame) else kernel_priors(tables.kernels, seed)
+    return {**known, **(given or {})}
+
+
 def _collectives(tables: Tables) -> dict[str, pd.DataFrame]:
     """Kind of collective table -> its rows."""
     found = {kind: frame for kind, frame in tables.kernels.items() if kind in KINDS}
@@ -90,7 +97,7 @@ def calibrate(
     The same tables and seed give the same set.
     """
     sources = sources_of(tables)
-    layout = Layout.of([s.labels for s in sources], priors)
+    layout = Layout.of([s.labels for s in sources], _priors(tables, seed, priors))
     fitted = fit(sources, layout, restarts=restarts, seed=seed)
     about: dict[str, Any] = {
         "date": date.today().isoformat(),
@@ -145,7 +152,7 @@ class Accuracy:
 def accuracy(tables: Tables | pd.DataFrame, seed: int = 0, priors: Priors | None = None) -> Accuracy:
     """Cross-validate the joint fit: rows of one series (or model, or GPU, or experiment) are never on both sides."""
     sources = sources_of(tables)
-    layout = Layout.of([s.labels for s in sources], priors)
+    layout = Layout.of([s.labels for s in sources], _priors(tables, seed, priors))
     lines, rows = [], {}
     for which, source in enumerate(sources):
         for split, columns, count in {"serving": SPLITS, "steps": STEP_SPLITS}.get(source.name, ()):
