@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from dse.audit.compare import compare as compare_methods
     from dse.audit.load import load_plan, parse_plan
     from dse.audit.run import audit as audit_plan
+    from dse.calibrate.diagnose import Diagnosis
+    from dse.calibrate.diagnose import diagnose as diagnose_calibration
+    from dse.calibrate.experiment_files import files_of as experiment_files
+    from dse.calibrate.experiment_files import profiles as experiment_profiles
+    from dse.calibrate.experiments import Experiments, next_experiments
     from dse.calibrate.fewshot import few_shot as calibrate_few_shot
     from dse.calibrate.kernels import estimate_kernels, fit_kernels, kernel_accuracy
     from dse.calibrate.read import read_files as read_measurements
@@ -39,11 +44,14 @@ if TYPE_CHECKING:
     from dse.space.compile import CompiledSpace, compile_space
     from dse.space.goodput import Asked as GoodputAsked
     from dse.space.goodput import goodput_cases
-    from dse.space.load import load_space, parse_space
+    from dse.space.load import load_any, load_space, parse_pipeline, parse_space
+    from dse.space.pipeline import PipelineSpec
+    from dse.space.placement import PlacementAsked, placement_table
     from dse.space.replay import Replay, replay
     from dse.space.schema import SpaceSpec
     from dse.space.steps import estimate_steps
     from dse.space.traces import Trace, read_trace
+    from dse.space.traffic import traffic, traffic_cases
 
 # public name -> (module, name there)
 _FACE = {
@@ -51,9 +59,13 @@ _FACE = {
     "CoefficientSet": ("dse.catalog.coefficients", "CoefficientSet"),
     "Coefficients": ("dse.cost.coefficients", "Coefficients"),
     "CompiledSpace": ("dse.space.compile", "CompiledSpace"),
+    "Diagnosis": ("dse.calibrate.diagnose", "Diagnosis"),
     "DseError": ("dse.errors", "DseError"),
     "Estimate": ("dse.cost.evaluate", "Estimate"),
+    "Experiments": ("dse.calibrate.experiments", "Experiments"),
     "InputError": ("dse.errors", "InputError"),
+    "PlacementAsked": ("dse.space.placement", "PlacementAsked"),
+    "PipelineSpec": ("dse.space.pipeline", "PipelineSpec"),
     "Replay": ("dse.space.replay", "Replay"),
     "Scenario": ("dse.cost.evaluate", "Scenario"),
     "SearchResult": ("dse.search.result", "SearchResult"),
@@ -70,32 +82,41 @@ _FACE = {
     "coefficient_set": ("dse.catalog.coefficients", "coefficient_set"),
     "compare_methods": ("dse.audit.compare", "compare"),
     "compile_space": ("dse.space.compile", "compile_space"),
+    "diagnose_calibration": ("dse.calibrate.diagnose", "diagnose"),
     "estimate_attention_ffn": ("dse.cost.afd", "estimate_attention_ffn"),
     "estimate_batch": ("dse.cost.evaluate", "estimate"),
     "estimate_split": ("dse.cost.pools", "estimate_split"),
     "estimate_cases": ("dse.space.cases", "estimate_cases"),
     "estimate_kernels": ("dse.calibrate.kernels", "estimate_kernels"),
     "estimate_steps": ("dse.space.steps", "estimate_steps"),
+    "experiment_files": ("dse.calibrate.experiment_files", "files_of"),
+    "experiment_profiles": ("dse.calibrate.experiment_files", "profiles"),
     "fit_kernels": ("dse.calibrate.kernels", "fit_kernels"),
     "GoodputAsked": ("dse.space.goodput", "Asked"),
     "goodput_cases": ("dse.space.goodput", "goodput_cases"),
     "gpu": ("dse.catalog.hardware", "gpu"),
     "gpus": ("dse.catalog.hardware", "gpus"),
     "kernel_accuracy": ("dse.calibrate.kernels", "kernel_accuracy"),
+    "load_any": ("dse.space.load", "load_any"),
     "load_model_file": ("dse.catalog.models", "load_model_file"),
     "load_plan": ("dse.audit.load", "load_plan"),
     "load_space": ("dse.space.load", "load_space"),
     "measure_accuracy": ("dse.calibrate.run", "accuracy"),
     "model": ("dse.catalog.models", "model"),
     "models": ("dse.catalog.models", "models"),
+    "parse_pipeline": ("dse.space.load", "parse_pipeline"),
     "parse_plan": ("dse.audit.load", "parse_plan"),
     "parse_space": ("dse.space.load", "parse_space"),
+    "next_experiments": ("dse.calibrate.experiments", "next_experiments"),
+    "placement_table": ("dse.space.placement", "placement_table"),
     "published_table": ("dse.published.tables", "published"),
     "read_measurements": ("dse.calibrate.read", "read_files"),
     "read_trace": ("dse.space.traces", "read_trace"),
     "replay": ("dse.space.replay", "replay"),
     "search_space": ("dse.search.run", "search"),
     "summarise": ("dse.report.summary", "summarise"),
+    "traffic": ("dse.space.traffic", "traffic"),
+    "traffic_cases": ("dse.space.traffic", "traffic_cases"),
     "write_accuracy": ("dse.report.accuracy_page", "write_accuracy"),
     "write_outputs": ("dse.report.files", "write_outputs"),
     "write_replay": ("dse.report.replay", "write_replay"),
@@ -106,10 +127,14 @@ __all__ = [
     "CoefficientSet",
     "Coefficients",
     "CompiledSpace",
+    "Diagnosis",
     "DseError",
     "Estimate",
+    "Experiments",
     "GoodputAsked",
     "InputError",
+    "PipelineSpec",
+    "PlacementAsked",
     "Replay",
     "Scenario",
     "SearchResult",
@@ -126,31 +151,40 @@ __all__ = [
     "coefficient_set",
     "compare_methods",
     "compile_space",
+    "diagnose_calibration",
     "estimate_attention_ffn",
     "estimate_batch",
     "estimate_cases",
     "estimate_kernels",
     "estimate_split",
     "estimate_steps",
+    "experiment_files",
+    "experiment_profiles",
     "fit_kernels",
     "goodput_cases",
     "gpu",
     "gpus",
     "kernel_accuracy",
+    "load_any",
     "load_model_file",
     "load_plan",
     "load_space",
     "measure_accuracy",
     "model",
     "models",
+    "next_experiments",
+    "parse_pipeline",
     "parse_plan",
     "parse_space",
+    "placement_table",
     "published_table",
     "read_measurements",
     "read_trace",
     "replay",
     "search_space",
     "summarise",
+    "traffic",
+    "traffic_cases",
     "write_accuracy",
     "write_outputs",
     "write_replay",

@@ -30,7 +30,10 @@ ENDS = [f"{name}_{end}" for name in ("ttft_ms", "tpot_ms", "output_tok_s_gpu") f
 @pytest.fixture(scope="module")
 def sure() -> CoefficientSet:
     """A set that knows vllm on an H100 well, by hand: two directions, a residual with heavy tails."""
-    spread = {name: {"base": 0.3, "generation": 0.2, "gpu": 0.2, "engine": 0.2, "version": 0.1} for name in NAMES}
+    spread = {
+        name: {"base": 0.3, "generation": 0.2, "gpu": 0.2, "engine": 0.2, "version": 0.1, "model": 0.1}
+        for name in NAMES
+    }
     known = {name: np.array([0.5, 0.0 if name == "memory" else 0.3]) for name in NAMES}
     return CoefficientSet(
         "sure",
@@ -91,14 +94,14 @@ def test_variance_of_a_case_is_the_quadratic_form(sure):
     """s'Cs over the case's blocks, against the dense covariance; an unknown level adds its whole prior."""
     u = sure.uncertainty
     slopes = np.array([[0.4, -0.3], [0.1, 0.9]])
-    keys = {"generation": "hopper", "gpu": "h100", "engine": "", "version": ""}
+    keys = {"generation": "hopper", "gpu": "h100", "engine": "", "version": "", "model": ""}
     spread = np.concatenate([[u.spread[n][level] for n in NAMES] for level in ("base", *LEVELS)])
-    v = np.zeros((10, 2))
+    v = np.zeros((12, 2))
     for block in range(3):
         for i, name in enumerate(NAMES):
             v[2 * block + i] = u.directions["base", ""][name]
-    covariance = spread[:, None] * (np.eye(10) - v @ v.T) * spread
-    each = np.tile(slopes, 5)
+    covariance = spread[:, None] * (np.eye(12) - v @ v.T) * spread
+    each = np.tile(slopes, 6)
     expected = np.einsum("mi,ij,mj->m", each, covariance, each)
     np.testing.assert_allclose(u.variance(slopes, keys), expected, rtol=1e-12)
 

@@ -19,7 +19,9 @@ from dse.errors import InputError, unknown
 
 Array = np.ndarray
 # What differs most between machines: how fast memory really is, the gaps between kernels, what a step waits for.
-NEW_MACHINE = 0.3  # how far one differs from what is known, as a share of what was doubtful before any run
+# How far a new machine may differ from what is known, as shares of what was doubtful before any run: far more than the
+# machines of a joint fit, whose rows are many and whose models differ too.
+NEW_MACHINE = {"rate": 0.9, "launch": 0.3, "schedule": 0.3, "network": 0.5}
 USUAL = ("memory", "kernel_decode", "step_overhead")
 
 
@@ -40,7 +42,7 @@ def few_shot(
     sources = sources_of(tables, rest=known)
     gpus = sorted({gpu for s in sources for gpu in s.labels["gpu"]})
     place = np.array([names.index(one) for one in only])
-    spread = np.array([NEW_MACHINE * FREE[i].doubt for i in place])
+    spread = np.array([NEW_MACHINE[FREE[i].kind] * FREE[i].doubt for i in place])
     logs = [_logs(s, known, names) for s in sources]
     which = [np.array([gpus.index(gpu) for gpu in s.labels["gpu"]]) for s in sources]
 

@@ -6,12 +6,13 @@ import sys
 
 import typer
 
-from dse.cli import calibrate, catalogue, load, operators, plans, published
+from dse.cli import calibrate, catalogue, experiments, load, operators, plans, published
 from dse.cli.console import app
 from dse.errors import DseError, NothingFeasible
 
 BAD_INPUT, NOTHING_FEASIBLE = 2, 3
-COMMANDS = (plans, published, calibrate, catalogue, operators, load)  # importing them registered their commands
+# Importing them registered their commands.
+COMMANDS = (plans, published, calibrate, catalogue, operators, load, experiments)
 
 
 def main() -> None:
