@@ -89,6 +89,7 @@ def runs() -> Candidates:
 # ------------------------------------------------------------------------------------------------ diagnosis
 
 
+@pytest.mark.slow
 def test_what_the_data_cannot_tell_is_flagged(one_gpu):
     found = diagnose(one_gpu, worst=0).coefficients
     flags = found[found["level"] == BASE].set_index("coefficient")["flags"]
@@ -101,6 +102,7 @@ def test_what_the_data_cannot_tell_is_flagged(one_gpu):
     np.testing.assert_array_equal(wide, found["sd"] > np.log(2) / 1.645)
 
 
+@pytest.mark.slow
 def test_a_coefficient_at_its_bound_is_flagged(one_gpu):
     """One that was pushed there, not one whose default is its limit (reserved_output)."""
     theta = one_gpu.fitted.theta.copy()
@@ -111,6 +113,7 @@ def test_a_coefficient_at_its_bound_is_flagged(one_gpu):
     assert not health(one_gpu)["flags"].str.contains(AT_BOUND).any()
 
 
+@pytest.mark.slow
 def test_buckets_hold_every_row_once_and_say_the_error(one_gpu):
     found = diagnose(one_gpu, worst=0).buckets
     rows = len(one_gpu.sources[0])
@@ -123,6 +126,7 @@ def test_buckets_hold_every_row_once_and_say_the_error(one_gpu):
     assert set(found["rows_are"]) == {"in sample"}
 
 
+@pytest.mark.slow
 def test_planted_causes_are_named(one_gpu):
     """TP doubled, fp8 for bf16, a drafted token: the worst rows, each named, with both times explained."""
     found = diagnose(one_gpu, worst=len(PLANTED) + 3).worst
@@ -136,6 +140,7 @@ def test_planted_causes_are_named(one_gpu):
             assert row[f"cause_{time}_ms"].iloc[0] == pytest.approx(row[f"measured_{time}_ms"].iloc[0], rel=0.15)
 
 
+@pytest.mark.slow
 def test_honest_rows_get_no_cause(one_gpu):
     found = diagnose(one_gpu, worst=len(PLANTED) + 3).worst
     assert (found["cause"].iloc[-3:] == NONE).all()
@@ -204,6 +209,7 @@ def test_aiming_at_predictions_narrows_them_most(runs):
     assert deviation(left["aimed"]) < deviation(left["d-optimal"])
 
 
+@pytest.mark.slow
 def test_greedy_beats_random_sets_of_the_same_cost(runs):
     kernel, scale = kernel_of(runs, prior())
     budget = float(np.sort(runs.minutes)[::-1][:6].sum())
@@ -235,6 +241,7 @@ def test_the_kernel_holds_the_variance_that_intervals_use(runs):
     np.testing.assert_allclose(np.diag(kernel).reshape(-1, 2) * scale**2, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_fit_knows_what_it_measured(one_gpu):
     """Runs like those of the fit tell less than runs on several GPUs, which it never saw."""
     table = next_experiments(grid(), 1e9, one_gpu, most=4).table

@@ -106,6 +106,7 @@ def _floats(slo: Slo) -> Slo:
 SHARES = np.array([1e-4, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 1.05, 3.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("i", range(len(PLANS)))
 def test_everything_worsens_with_the_rate_and_stays_finite(i: int) -> None:
     found = at_share(i, LENGTHS, SHARES)
@@ -157,6 +158,7 @@ def test_a_lone_request_sees_an_idle_engine() -> None:
     assert float(found.wait[0]) == pytest.approx(0.0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_bursts_hurt() -> None:
     smooth, poisson, bursty = (at_share(1, LENGTHS, [0.6, 0.9], cv=cv) for cv in (0.6, 1.0, 2.5))
     assert np.all(smooth.ttft < poisson.ttft)
@@ -293,6 +295,7 @@ def everything() -> Any:
     return space, recheck(space, of_machines(space, None), np.arange(space.legal))
 
 
+@pytest.mark.slow
 def test_a_goodput_search_equals_brute_force(everything: Any) -> None:
     _, whole = everything
     result = search(parse_space(SPACE))

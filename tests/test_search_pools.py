@@ -105,6 +105,7 @@ def test_the_front_is_that_of_all_pairs(objectives: dict[str, str], monkeypatch:
     pairs.compiled_pairs.cache_clear()
 
 
+@pytest.mark.slow
 def test_no_sampled_pair_beats_the_front(everything: tuple[CompiledPools, pd.DataFrame]) -> None:
     """Pairs priced as estimate prices them, none of them through the search: none is better than what it found."""
     pools, rows = everything
@@ -179,6 +180,7 @@ def test_nothing_feasible_names_the_nearest_pair() -> None:
     assert summarise(found).headlines
 
 
+@pytest.mark.slow
 def test_two_gpu_types_pay_for_both_and_meet_over_the_outermost_levels() -> None:
     changes = {"prefill": {**SPACE["disaggregated"]["prefill"], "clusters": ["h200-hgx"]}}
     mixed = {"aggregated": False, **SPACE["disaggregated"], **changes, "kv_transfer": ["after_prefill"]}
@@ -194,6 +196,7 @@ def test_two_gpu_types_pay_for_both_and_meet_over_the_outermost_levels() -> None
     assert found.front["transfer_ms"].min() > rows.loc[rows["gpus"] <= 4, "transfer_ms"].max()  # network, not NVLink
 
 
+@pytest.mark.slow
 def test_experts_on_gpus_of_their_own_are_searched_and_estimated() -> None:
     """Attention and FFN split once more: the row says so, and is estimated to the same numbers."""
     decode = {**SPACE["disaggregated"]["decode"], "ffn_gpus": [0, 2, 4], "micro_batches": [1, 2]}
