@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -98,16 +98,22 @@ def held_out_errors(measured: Path) -> tuple[Accuracy, Missed]:
     return result, missed
 
 
+def present(measured: Path, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """Kernel tables that are here, with their files; the others are named."""
+    for name in names:
+        path = measured / "kernels" / f"{name}.parquet"
+        if path.exists():
+            yield name, path
+        else:
+            print(f"{path.name}: not here, left out")
+
+
 def kernels(measured: Path) -> Missed:
     """Single operators, by the kernel tables' own fit."""
     lines = []
-    for op, bar in KERNELS.items():
-        path = measured / "kernels" / f"{op}.parquet"
-        if not path.exists():
-            print(f"{path.name}: not here, left out")
-            continue
+    for op, path in present(measured, KERNELS):
         table = kernel_accuracy(op, pd.read_parquet(path)).drop_duplicates("split").set_index("split")
-        for split, allowed in (("unseen shapes", bar), ("a GPU left out", KERNEL_GPU)):
+        for split, allowed in (("unseen shapes", KERNELS[op]), ("a GPU left out", KERNEL_GPU)):
             reached, rows = float(table.loc[split, "median"]), int(table.loc[split, "rows"])
             lines.append({"operator": op, "left out": split, "rows": rows, "median": reached, "allowed": allowed})
     return _judged("Kernels", lines, "operator")
@@ -116,13 +122,9 @@ def kernels(measured: Path) -> Missed:
 def collectives(measured: Path) -> Missed:
     """Each table of collectives fitted by itself, message sizes (or tokens) in five folds."""
     lines = []
-    for kind, size in COLLECTIVES.items():
-        path = measured / "kernels" / f"{kind}.parquet"
-        if not path.exists():
-            print(f"{path.name}: not here, left out")
-            continue
+    for kind, path in present(measured, COLLECTIVES):
         source = collective_source(read_collectives(path, kind))
-        fold = folds(series(source.frame, (size,)), 5)
+        fold = folds(series(source.frame, (COLLECTIVES[kind],)), 5)
         predicted = cross_validate([source], Layout.of([source.labels]), 0, fold).predicted
         error = np.abs(np.exp(predicted - source.measured) - 1.0)
         for k, metric in enumerate(source.metrics):

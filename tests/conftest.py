@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 # Before numpy: several test processes with a BLAS pool each wait for each other on a small machine.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Before jax: what one test process has compiled serves the others, the commands they start, and the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("DSE_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"])
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import numpy as np

@@ -187,7 +187,11 @@ def rhythm(x: Any, fits: float) -> Any:
     waves = load.waves * asked / running
     # Requests of every other rank over those of ours: as many where all ranks have some
     spread = (load.concurrency / asked - 1) / (plan.attention_dp - 1) if plan.attention_dp > 1 else 0.0
-    seen, alive = (0.0, 1.0) if static else ((waves - 0.5) / waves, 1 - 1 / (6 * waves))
+    first = (
+        1.0 if static else min(x.coefficients.first_wave / waves, 1.0)
+    )  # share of requests that start with all others
+    # Half of the others' prompts came before theirs
+    seen, alive = (0.0, 1.0) if static else (1 - first / 2, 1 - 1 / (6 * waves))
     return SimpleNamespace(
         static=static,
         asked=asked,
@@ -203,7 +207,7 @@ def rhythm(x: Any, fits: float) -> Any:
         answer=answer,
         deciding=deciding,
         budget=budget,
-        waves=waves,
+        first=first,
         alive=alive,
         arriving=seen * others * prompt / (answer + pieces),
         theirs=seen * prompt / (answer + pieces) * n * spread,
@@ -292,7 +296,7 @@ def serve(x: Any, fits: float) -> dict[str, Any]:
     ahead = (1 - c.cohort) * ahead + c.cohort * burst
 
     tpot = ((1 - priority) * apart + priority * paused) / accepted
-    first = 1.0 if static else min(c.first_wave / loop.waves, 1.0)
+    first = loop.first
     served = first * burst + (1 - first) * ((1 - priority) * shared + priority * ahead)
     least = first * cohort + (1 - first) * own
     outside = asked - running

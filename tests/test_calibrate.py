@@ -236,7 +236,7 @@ def test_a_step_reads_no_time_and_takes_longer_with_more_work():
 def test_a_set_round_trips_and_pools():
     layout = Layout.of(
         [
-            {"generation": ["hopper"], "gpu": ["h100"], "engine": ["vllm", ""], "version": ["vllm 0.15", ""]}
+            {"generation": ["hopper"], "gpu": ["h100"], "engine": ["vllm", ""], "version": ["vllm 0.15.1", ""]}
             | {"model": ["Llama-2-70B", ""]}
         ]
     )
@@ -245,24 +245,26 @@ def test_a_set_round_trips_and_pools():
     chosen = layout.to_set(theta, "x", {"rows": 1})
     again = read("x", "x.yaml", to_yaml(chosen))
     assert again.base == dict(chosen.base)
-    case = ("hopper", "h100", "vllm", "vllm 0.15", "Llama-2-70B")
+    case = ("hopper", "h100", "vllm", "vllm 0.15.1", "Llama-2-70B")
     assert again.of(*case) == chosen.of(*case)
     assert again.of(*case) != again.of(*case[:4]) != again.of(*case[:3])
     assert again.of("blackwell", "b200", "new-engine") == again.of()
     assert again.known("hopper", "h100", "sglang") == "x: hopper, h100"
-    assert again.known(*case) == "x: hopper, h100, vllm, vllm 0.15, Llama-2-70B"
+    assert again.known(*case) == "x: hopper, h100, vllm, vllm 0.15.1, Llama-2-70B"
 
 
 @pytest.mark.parametrize(
     ("engine", "version", "key"),
     [
-        ("vllm", "0.15.1", "vllm 0.15"),
-        ("trtllm", "1.0.0rc3", "trtllm 1.0"),
+        ("vllm", "0.15.1", "vllm 0.15.1"),
+        ("sglang", "v0.5.9.post2", "sglang 0.5.9"),
+        ("vllm", "0.15", "vllm 0.15.0"),
+        ("trtllm", "1.0.0rc3", "trtllm 1.0.0"),
         ("vllm", "nightly-5b8", ""),
         ("", "1.2", ""),
     ],
 )
-def test_versions_are_keys_by_major_and_minor(engine, version, key):
+def test_versions_are_keys_by_three_numbers(engine, version, key):
     assert version_key(engine, version) == key
 
 

@@ -93,6 +93,34 @@ def test_equal_rows_get_equal_numbers_whatever_stands_between(mixed):
         np.testing.assert_allclose(alone[name].iloc[0], out[name].iloc[0], rtol=1e-12)
 
 
+def test_a_row_alone_is_what_it_is_among_others():
+    """Coefficients are those of the row's own model, engine and version, whoever comes before it."""
+    engine = {"gpu": "h100", "engine": "vllm", "engine_version": "0.12.0", "weights": "bf16"}
+    cases = frame(
+        {**GOOD, **engine},
+        {**GOOD, **engine, "model": "Qwen3-32B"},
+        {**GOOD, **engine, "model": "Llama-3.1-8B"},
+        {**GOOD, **engine, "engine_version": "0.18.0"},
+        {**GOOD, **engine, "engine": "sglang", "engine_version": "0.5.9"},
+    )
+    together = estimate_cases(cases, coefficient_set())
+    alone = pd.concat([estimate_cases(cases.iloc[[i]], coefficient_set()) for i in range(len(cases))])
+    for name in ("ttft_ms", "tpot_ms"):
+        np.testing.assert_allclose(together[name].astype(float), alone[name].astype(float), rtol=1e-12, err_msg=name)
+    assert list(together.coefficients) == list(alone.coefficients)
+
+
+def test_tokens_sent_many_at_a_time_come_later_and_end_as_before():
+    one, many, none = (
+        estimate_cases(frame(GOOD | extra), PHYSICS).iloc[0]
+        for extra in ({}, {"stream_interval": 20}, {"stream_interval": 1})
+    )
+    assert many.ttft_ms == pytest.approx(one.ttft_ms + 19 * one.tpot_ms)
+    assert many.e2e_ms == pytest.approx(one.e2e_ms)
+    assert many.output_tok_s_gpu == pytest.approx(one.output_tok_s_gpu)
+    assert none.ttft_ms == one.ttft_ms
+
+
 def test_throughput_is_what_closed_loop_benchmarks_report(mixed):
     _, out = mixed
     row = out.iloc[0]

@@ -7,7 +7,7 @@ import numpy as np
 from scenarios import random_scenarios
 
 from dse.cost.evaluate import estimate, estimate_one
-from dse.cost.types import stack
+from dse.cost.types import replace, stack
 
 
 def test_one_trace_serves_every_batch_of_a_structure() -> None:
@@ -63,3 +63,13 @@ def test_leaves_of_any_float_type_are_one_structure() -> None:
     trees = [jax.tree.structure(x) for x in batch]
     assert trees[0] == trees[1]
     assert all(np.asarray(leaf).dtype == np.float64 for leaf in jax.tree.leaves(stack(batch)))
+
+
+def test_estimates_can_be_part_of_a_larger_program() -> None:
+    """A program of few rows is compiled with options of its own, which no other program could hold."""
+    batch = stack(random_scenarios(4, 25))
+
+    def total(isl: jax.Array) -> jax.Array:
+        return estimate(replace(batch, load=replace(batch.load, isl=isl))).ttft.sum()
+
+    assert jax.eval_shape(jax.grad(total), np.asarray(batch.load.isl)).shape == (4,)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,8 @@ import pytest
 import yaml
 
 from dse import cli
-from dse.catalog import hardware
-from dse.catalog.models import model, to_architecture
-from dse.catalog.precision import resolve
 from dse.cost.coefficients import Coefficients
-from dse.cost.evaluate import Estimate, Scenario, estimate_one
-from dse.cost.pipeline import Batched, Continuous, pool_load, running, scan_time
-from dse.cost.types import Load, Plan
+from dse.cost.pipeline import Batched
 from dse.errors import InputError
 from dse.report.files import write_outputs
 from dse.search.pipeline import edges, lines, pools_at, transfer
@@ -91,99 +85,6 @@ def table(p: Any) -> Coefficients:
     return jax.tree.map(lambda x: np.full((len(p.machines), len(p.entries)), x), C)
 
 
-# -------------------------------------------------------------------------------------------------- the queues
-
-
-def one_stage(service: list[float], batch: float = 1.0) -> Batched:
-    x = np.array(service)
-    mean = float(x.mean())
-    return Batched(
-        first=mean,
-        alone=mean,
-        together=mean,
-        single=mean,
-        service=mean,
-        square=float((x**2).mean()),
-        batch=batch,
-        calls=1.0,
-    )
-
-
-@pytest.mark.parametrize("rho", [0.1, 0.5, 0.9])
-def test_one_server_waits_as_pollaczek_and_khinchine_say(rho: float) -> None:
-    service = [0.5, 1.0, 3.0]
-    mean, square = np.mean(service), np.mean(np.square(service))
-    rate = rho / mean
-    found = pool_load(rate, (one_stage(service),), 1.0)
-    assert float(found.wait) == pytest.approx(rate * square / (2 * (1 - rho)), rel=1e-5)
-    assert float(found.utilisation) == pytest.approx(rho)
-
-
-def simulated(rate: float, service: list[float], batch: int, servers: int, count: int = 60_000) -> float:
-    """Mean wait where a free server takes up to `batch` of the waiting; a batch lasts the mean of its calls' times."""
-    dice = random.Random(5)
-    arrivals = list(itertools.accumulate(dice.expovariate(rate) for _ in range(count)))
-    free, waited, i = [0.0] * servers, 0.0, 0
-    while i < count:
-        k = min(range(servers), key=free.__getitem__)
-        start = max(free[k], arrivals[i])
-        taken = 1
-        while taken < batch and i + taken < count and arrivals[i + taken] <= start:
-            taken += 1
-        waited += sum(start - a for a in arrivals[i : i + taken])
-        free[k] = start + sum(dice.choice(service) for _ in range(taken)) / taken
-        i += taken
-    return waited / count
-
-
-@pytest.mark.parametrize(
-    ("batch", "servers", "rho"),
-    [(1, 1, 0.8), (1, 3, 0.8), (4, 1, 0.3), (4, 1, 0.5), (4, 1, 0.9), (8, 1, 0.8), (4, 2, 0.8)],
-)
-def test_waits_of_a_batch_server_are_those_of_a_simulation(batch: int, servers: int, rho: float) -> None:
-    service = [0.6, 1.4]
-    rate = rho * servers * batch
-    expected = simulated(rate, service, batch, servers)
-    assert float(pool_load(rate, (one_stage(service, batch),), float(servers)).wait) == pytest.approx(expected, rel=0.2)
-
-
-def test_a_shared_pool_is_the_queue_of_both_stages() -> None:
-    """Two stages of one server, batches of one: M/G/1 of the mixture."""
-    a, b = one_stage([1.0]), one_stage([3.0])
-    rate = 0.15  # each
-    expected = rate * (1.0 + 9.0) / (2 * (1 - rate * 4.0))
-    assert float(pool_load(rate, (a, b), 1.0).wait) == pytest.approx(expected, rel=1e-5)
-
-
-def test_an_overloaded_pool_says_so_and_stays_finite() -> None:
-    found = pool_load(3.0, (one_stage([1.0]),), 2.0)
-    assert not bool(found.stable)
-    assert np.isfinite(float(found.wait))
-
-
-def test_continuous_stages_meet_their_knots_and_lose_what_others_take() -> None:
-    ones = np.ones(3)
-    s = Continuous(
-        rate=np.array([1.0, 3.0, 4.0]),
-        ttft=0 * ones,
-        tpot=np.array([0.01, 0.02, 0.04]),
-        seats=64.0,
-        scv=0.0,
-        calls=1.0,
-    )
-    assert float(running(s, 0.2, 1.0, 0.0).tpot) == pytest.approx(0.01)
-    assert float(running(s, 6.0, 2.0, 0.0).tpot) == pytest.approx(0.02)
-    assert float(running(s, 3.5, 1.0, 0.0).tpot) == pytest.approx(0.03)
-    assert float(running(s, 1.5, 1.0, 0.5).tpot) == pytest.approx(0.04)  # half of the time: rate 3, twice as slow
-    assert not bool(running(s, 2.1, 1.0, 0.5).stable)
-
-
-def test_a_scan_reads_each_list_once() -> None:
-    assert float(scan_time(1e9, 0.01, 1.0, 1e11, 0.002)) == pytest.approx(0.002 + 1e-4, rel=1e-5)
-    assert float(scan_time(1e9, 1.0, 16.0, 1e11, 0.0)) == pytest.approx(0.01, rel=1e-5)  # the whole index, once
-    assert float(scan_time(1e9, 0.5, 2.0, 1e11, 0.0)) == pytest.approx(0.0075, rel=1e-5)
-
-
 # ----------------------------------------------------------------------------------------------- stages and sums
 
 
@@ -241,41 +142,6 @@ def test_no_encoder_tokens_no_encoder_time() -> None:
     best = with_encoder.front["ttft_ms"].min(), bare.front["ttft_ms"].min()
     assert best[0] == pytest.approx(best[1], rel=1e-9)
     assert (with_encoder.front["encode_utilisation"] == 0).all()
-
-
-def test_one_llm_stage_is_that_stage_alone() -> None:
-    """Against the cost model itself, one scenario made by hand: capacity at 64 in flight, latency of a lone request."""
-    llm = {"name": "llm", "kind": "llm", "model": "Qwen3-0.6B", "tp": 2, "batch": 64, "kv": "bf16"}
-    row = run(space(pipeline=[llm], rates=[1e-5], gpus=2, request={"isl": 900, "osl": 100})).front.iloc[0]
-    entry, device = model("Qwen3-0.6B"), hardware.to_device(hardware.gpu("h100"))
-    plan = Plan(
-        tp=2.0,
-        pp=1.0,
-        attention_dp=1.0,
-        cp=1.0,
-        moe_tp=2.0,
-        moe_ep=1.0,
-        replicas=1.0,
-        precision=resolve(entry, device, "native", "bf16"),
-    )
-
-    def alone(requests: float) -> Estimate:
-        return estimate_one(
-            Scenario(
-                architecture=to_architecture(entry),
-                device=device,
-                topology=hardware.to_topology(hardware.cluster("h100-dgx")),
-                plan=plan,
-                load=Load(isl=900.0, osl=100.0, concurrency=requests, chunk=8192.0, waves=1e9),
-                coefficients=C,
-            )
-        )
-
-    with jax.enable_x64(True):
-        one, many = alone(1.0), alone(64.0)
-    assert row["ttft_ms"] == pytest.approx(float(one.ttft) * 1e3, rel=1e-5)
-    assert row["tpot_ms"] == pytest.approx(float(one.tpot) * 1e3, rel=1e-5)
-    assert row["capacity_requests_s"] == pytest.approx(float(many.request_rate), rel=1e-5)
 
 
 def test_a_loop_is_the_sum_of_its_turns() -> None:
@@ -409,6 +275,9 @@ def wrong(**changes: Any) -> Any:
         ({"objectives": {"ttft": "min"}}, ["objectives", "ttft_ms"]),
         ({"loop": {"turn": 2}}, ["loop", "turns"]),
         ({"request": {"isl": {"mean": 5, "sd": 1}, "osl": 3}}, ["request.isl", "'sd'"]),
+        ({"request": {"isl": {"cv": 1}, "osl": 3}}, ["request.isl", "'mean'"]),
+        ({"loop": {"turns": 2, "growth": {"mean": 5, "sd": 1}}}, ["loop.growth", "'sd'"]),
+        ({"pipeline__1__ep": 2}, ["pipeline[1].ep", "says nothing"]),
         ({"pipeline__2__tp": [3]}, ["prefill", "tp does not divide"]),
         ({"rates": [1e6]}, ["rates", "at most"]),
         ({"gpus": 1}, ["gpus", "within 1 GPUs"]),

@@ -16,7 +16,6 @@ from dse.catalog.coefficients import CoefficientSet, coefficient_set
 from dse.cost import collectives as coll
 from dse.cost.coefficients import Coefficients
 from dse.cost.memory import kv_bytes
-from dse.cost.pool_queue import Journey, best_ratio, in_flight, waiting
 from dse.cost.pool_steps import decode_times, prefill_times
 from dse.cost.pools import Split, estimate_split, estimate_split_one
 from dse.cost.shard import shard
@@ -85,8 +84,7 @@ def test_with_free_transfer_each_pool_is_as_it_is_alone() -> None:
     out = estimate(*rows)
     with jax.enable_x64(True):
         prefill, tpot = alone(splits(*rows), np.ones(6))
-        beside = out["prefill_busy"].to_numpy() * np.asarray(prefill.busy - prefill.idle)[:4]  # ranks beside the own
-        ttft = np.asarray(prefill.idle)[:4] + beside + Coefficients().arrival_overhead
+        ttft = np.asarray(prefill.idle)[:4] + Coefficients().arrival_overhead
     assert out["ttft_ms"].to_numpy() == pytest.approx(1e3 * ttft, rel=1e-9)
     assert out["tpot_ms"].to_numpy() == pytest.approx(1e3 * np.asarray(tpot)[:4], rel=1e-12)
     assert (out["transfer_ms"] == 0).all()
@@ -161,44 +159,61 @@ def test_more_of_anything_never_hurts() -> None:
     assert out["requests_s"].iloc[1:].min() >= out["requests_s"].iloc[0] * (1 - 1e-9)
 
 
-# ------------------------------------------------------------------------------------------- parts by hand
+def test_a_pool_alone_is_undivided_serving_without_the_other_phase() -> None:
+    """Or one queue flatters: decode is as whole serving of cached prompts, prefill as whole serving of one token."""
+    same = {"model": "Llama-3.1-70B", "gpu": "h100", "weights": "fp8", "isl": 2000}
+    split = {**DENSE, "kv_transfer": "free", "prefill_num_workers": 64, "decode_num_workers": 1, "decode_tp_size": 4}
+    cached = [{**same, "osl": 3000, "tp": 4, "concurrency": n, "prefix_hit": 1.0} for n in (8, 64)]
+    one_token = {**same, "osl": 1, "tp": 4, "concurrency": 400, "chunk": 8192}
+    whole = estimate(*cached, one_token)
+    out = estimate(
+        *({**split, "osl": 3000, "concurrency": n} for n in (8, 64)),
+        {**split, "osl": 1, "concurrency": 400, "prefill_num_workers": 1, "decode_num_workers": 64},
+    )
+    rate = out["running"].to_numpy()[:2] / np.array([8, 64])
+    assert rate == pytest.approx(1.0, rel=0.02)
+    assert out["tpot_ms"].to_numpy()[:2] == pytest.approx(whole["tpot_ms"].to_numpy()[:2], rel=0.03)
+    assert out["requests_s"].iloc[2] == pytest.approx(whole["requests_s"].iloc[2], rel=0.05)
 
 
-def test_the_wait_of_one_server_is_that_of_m_d_1() -> None:
-    """queueing.md: D = .1 s at 2, 5, 8 requests/s."""
+def test_both_ways_of_serving_have_the_work_of_a_request_to_do() -> None:
+    """Saturated and with no latency targets, pools in the best ratio gain nothing but what a pool's own plan gains."""
+    same = {"model": "Llama-3.1-70B", "gpu": "h100", "weights": "fp8", "isl": 2000, "osl": 300}
+    whole = estimate({**same, "tp": 4, "concurrency": 300, "chunk": 2048})
+    pools = {**DENSE, "kv_transfer": "free", "prefill_tp_size": 4, "decode_tp_size": 4, "concurrency": 3000}
+    ratios = [{**pools, "prefill_num_workers": p, "decode_num_workers": 10 - p} for p in range(2, 8)]
+    best = estimate(*({**r, "decode_max_batch": 300} for r in ratios))["output_tok_s_gpu"].max()
+    assert best == pytest.approx(whole["output_tok_s_gpu"].iloc[0], rel=0.12)
+
+
+def test_seats_of_the_decode_engine_hold_requests_back() -> None:
+    """Little's law: N requests, so many of them running, and the others wait for one of them to end."""
+    rows = [{**DENSE, "concurrency": 300, "decode_max_batch": n} for n in ("", 1000, 24, 8)]
+    out = estimate(*rows)
+    free, loose, some, few = (out.iloc[i] for i in range(4))
+    assert loose["ttft_ms"] == pytest.approx(free["ttft_ms"], rel=1e-9)
+    assert (some["running"], few["running"]) == pytest.approx((24, 8))
+    assert few["ttft_ms"] > some["ttft_ms"] > 1.1 * free["ttft_ms"]
+    assert few["tpot_ms"] < some["tpot_ms"] < free["tpot_ms"]
+    assert few["kv_gib"] < free["kv_gib"]
+    held = few["concurrency"] - few["requests_s"] * few["tpot_ms"] / 1e3 * (few["osl"] - 1)
+    assert few["requests_s"] * few["ttft_ms"] / 1e3 == pytest.approx(held, rel=1e-9)
+    assert "decode_max_batch" in estimate({**DENSE, "decode_max_batch": 0})["reason"].iloc[0]
+
+
+def test_the_first_wave_is_one_wave() -> None:
+    """What an undivided engine's scheduler keeps in lockstep (`first_wave` above 1) pools let go: decode runs on."""
     with jax.enable_x64(True):
-        got = [float(waiting(rate, 0.1, 1.0)) for rate in (2.0, 5.0, 8.0)]
-    assert got == pytest.approx([0.0125, 0.05, 0.2], rel=1e-9)
+        x = splits(DENSE, DENSE, DENSE, DENSE)
+        weight = np.array([0.5, 1.0, 9.0, 9.0, 1.0, 1.0])
+        c = replace(x.prefill.coefficients, first_wave=weight)
+        e = estimate_split(replace(x, prefill=replace(x.prefill, coefficients=c)))
+    ttft = np.asarray(e.ttft)
+    assert ttft[0] < ttft[1]
+    assert ttft[2] == pytest.approx(ttft[1], rel=1e-12)
 
 
-def test_the_closed_form_is_the_fixed_point() -> None:
-    rng = np.random.default_rng(3)
-    for _ in range(300):
-        c, s, f = float(rng.integers(1, 65)), rng.uniform(0.01, 2.0), rng.choice([0.0, 0.1, 0.5, 1.0])
-        rho, decoding = rng.uniform(0.01, 1.0), rng.uniform(1.0, 900.0)
-        j = Journey(
-            idle=s * 1.3,
-            busy=s * 1.6,
-            service=s,
-            servers=c,
-            fixed=0.05,
-            travel=0.0,
-            layers=1.0,
-            layerwise=0.0,
-            first_wave=f,
-        )
-        rate = rho * c / s
-        with jax.enable_x64(True):
-            n, ttft = (float(v) for v in in_flight(j, rate, decoding))
-            wait = float(waiting(rate, s, c))
-        x = max(1.0, decoding)
-        for _ in range(3000):
-            burst = f * 0.5 * s * max(x / c - 1.0, 0.0)
-            queue = (1.0 - f) * min(wait, 0.5 * s * (x - 1.0) / c)
-            mean = 0.05 + s * (1.3 + 0.3 * rho) + burst + queue
-            x = rate * mean + decoding
-        assert n == pytest.approx(x, rel=1e-6)
-        assert ttft == pytest.approx(mean, rel=1e-6)
+# ------------------------------------------------------------------------------------------- parts by hand
 
 
 def test_the_cache_travels_over_the_level_that_the_deployment_spans() -> None:
@@ -219,23 +234,6 @@ def test_the_cache_travels_over_the_level_that_the_deployment_spans() -> None:
     spent = out["transfer_ms"].to_numpy() / 1e3 - c.transfer_base
     assert (spent > travel).all()
     assert spent == pytest.approx(travel, abs=1e-4)  # and the latency of the levels crossed
-
-
-def test_best_ratio_is_the_best_of_all_ratios() -> None:
-    rng = np.random.default_rng(0)
-    rp, rd = rng.uniform(0.5, 20.0, (2, 40))
-    gp, gd = rng.choice([1, 2, 4, 8, 16], (2, 40))
-    p, d, rate = (np.asarray(a) for a in best_ratio(rp, rd, gp, gd, 96.0, most=24))
-    for i in range(40):
-        options = [
-            (min(a * rp[i], b * rd[i]) / (a * gp[i] + b * gd[i]))
-            for a in range(1, 25)
-            for b in range(1, 25)
-            if a * gp[i] + b * gd[i] <= 96
-        ]
-        assert rate[i] == pytest.approx(max(options), rel=1e-5)
-        assert min(p[i] * rp[i], d[i] * rd[i]) / (p[i] * gp[i] + d[i] * gd[i]) == pytest.approx(rate[i], rel=1e-5)
-    assert float(best_ratio(1.0, 1.0, 8.0, 8.0, 15.0)[2]) == 0.0
 
 
 def test_gradients_pass_through_the_fixed_point() -> None:
@@ -283,6 +281,11 @@ def test_split_and_whole_rows_in_one_file() -> None:
         ({"decode_gpu": "h10"}, ["decode pool", "h10", "h100"]),
         ({"concurrency": 0.5}, ["concurrency", "0.5"]),
         ({"decode_num_workers": "", "decode_tp_size": ""}, ["decode_*", "give both pools"]),
+        ({"speculation": 2, "draft_model": "Llama-3.2-1B"}, ["draft_model", "split deployment", "MTP"]),
+        (
+            {"model": "Qwen3-30B-A3B", "decode_tp_size": 2, "decode_pp_size": 2, "decode_ffn_gpus": 2},
+            ["decode_pp_size: 2", "allowed: 1"],
+        ),
     ],
 )
 def test_a_bad_split_row_says_why(change: dict[str, Any], words: list[str]) -> None:

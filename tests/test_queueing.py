@@ -188,6 +188,41 @@ def test_many_servers_against_a_simulation(rng: np.random.Generator) -> None:
     assert float(wait.delayed) == pytest.approx((waits[3000:] > 0).mean(), rel=0.2)
 
 
+def test_many_servers_under_bursts_wait_more_often(rng: np.random.Generator) -> None:
+    """Peakedness of gamma gaps of variation 2 before exponential service: 1 + 3 E[min]/E[S] = 2.5."""
+    servers, rate, n = 20, 15.0, 120_000
+    arrivals = np.cumsum(rng.gamma(0.25, 4.0 / rate, n))
+    service = rng.exponential(1.0, n)
+    free = [0.0] * servers
+    waits = np.empty(n)
+    for i, (come, own) in enumerate(zip(arrivals, service, strict=True)):
+        start = max(heapq.heappop(free), come)
+        waits[i] = start - come
+        heapq.heappush(free, start + own)
+    wait = q.many_servers(rate, float(servers), 1.0, 2.5, 2.5)
+    plain = q.many_servers(rate, float(servers), 1.0, 2.5)
+    truth = waits[3000:].mean()
+    assert float(wait.mean) == pytest.approx(truth, rel=0.25)
+    assert abs(float(wait.mean) - truth) < 0.6 * abs(float(plain.mean) - truth)
+
+
+@pytest.mark.parametrize("cv", [0.5, 1.0, 1.5, 2.0, 3.0])
+def test_arrivals_of_an_interval(rng: np.random.Generator, cv: float) -> None:
+    """Dispersion and the chance of any arrival, in intervals of one length, against drawn gamma gaps."""
+    n = 400_000
+    times = np.cumsum(rng.gamma(1.0 / cv**2, cv**2, n))
+    for length in (0.3, 1.0, 4.0):
+        counts = np.bincount((times / length).astype(int))[1:-1]
+        dispersed = float(q.dispersion(cv**2, length))
+        assert dispersed == pytest.approx(counts.var() / counts.mean(), rel=0.25)
+        assert float(q.any_come(dispersed, length)) == pytest.approx((counts > 0).mean(), rel=0.3)
+    if cv == 1.0:
+        assert dispersed == pytest.approx(1.0, abs=1e-5)
+        assert float(q.any_come(1.0, 0.7)) == pytest.approx(1.0 - math.exp(-0.7), rel=1e-5)
+    before, after = (float(jax.grad(lambda x: q.any_come(x, 0.7))(x)) for x in (1.0 - 2e-4, 1.0 + 2e-4))
+    assert before == pytest.approx(after, rel=0.02)
+
+
 def test_recursion_by_a_plain_loop_and_many_plans_at_once(rng: np.random.Generator) -> None:
     gaps, services = rng.exponential(1.0, 200), rng.exponential(0.8, (200, 3))
     waits = np.asarray(q.lindley(gaps, services))

@@ -213,6 +213,16 @@ def test_the_answer_does_not_depend_on_the_tiles_and_a_sweep_traces_once(small_t
     assert TRACES["tile"] == before + 1
 
 
+def test_a_small_sweep_compiled_quickly_equals_one_compiled_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = brute("dense").space
+    assert space.legal <= grid.SMALL
+    fast = sweep(space, Coefficients())
+    monkeypatch.setattr(grid, "SMALL", 0)
+    well = sweep(space, Coefficients())
+    assert fast.passed.tolist() == well.passed.tolist()
+    assert fast.front.members() == pytest.approx(well.front.members(), rel=MARGIN["ttft_ms"])
+
+
 def test_progress_ends_at_the_whole_space(small_tiles: Tiling) -> None:
     seen: list[tuple[int, int]] = []
     search(spec_of("dense"), progress=lambda done, total: seen.append((done, total)))

@@ -236,6 +236,16 @@ def test_experts_on_gpus_of_their_own_are_searched_and_estimated() -> None:
             ["ffn_gpus: 5", "128 experts"],
         ),
         (
+            {"disaggregated": {"prefill": {"gpus": 1}, "decode": {"gpus": 4, "pp": [1, 2], "ffn_gpus": 2}}},
+            ["decode.pp: 2 beside ffn_gpus", "allowed: 1"],
+        ),
+        ({"disaggregated": {"prefill": {"gpus": 1}, "decode": {"gpus": 1, "prefix_hit": 0.5}}}, ["decode.prefix_hit"]),
+        ({"disaggregated": {"prefill": {"gpus": 1, "acceptance": 0.5}, "decode": {"gpus": 1}}}, ["prefill.acceptance"]),
+        (
+            {"disaggregated": {"prefill": {"gpus": 1}, "decode": {"gpus": 1, "draft_model": "Qwen3-0.6B"}}},
+            ["decode.draft_model", "undivided"],
+        ),
+        (
             {"disaggregated": {"prefill": {"gpus": 1, "kv": "bf16"}, "decode": {"gpus": 1, "kv": "fp8"}}},
             ["one format", "same kv"],
         ),

@@ -16,7 +16,7 @@ from dse.catalog.precision import resolve
 from dse.cost.types import Device
 from dse.errors import InputError
 from dse.space import values as v
-from dse.space.load import together
+from dse.space.load import problem, together
 from dse.space.yaml_file import parse_yaml, read_text
 from dse.units import GIB, RATES
 
@@ -124,18 +124,11 @@ def _dimensions(m: ModelSpec) -> Dimensions:
 
 def _line(item: Any) -> str:
     loc = tuple(part for part in item["loc"] if part not in (BY_NAME, BY_NUMBERS))
-    place = ".".join(str(part) for part in loc) or "top level"
-    if item["type"] == "extra_forbidden":
-        parent = ".".join(str(part) for part in loc[:-1]) or "top level"
-        return f"{parent}: {v.nearest(loc[-1], _known(loc[:-1]), 'key')}"
-    if item["type"] == "missing":
-        return f"{place}: is required; {_REMEDIES.get(str(loc[-1]), 'add it')}"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        message = f"{v.shown(item['input'])} is not keys with values"
-    elif item["type"] != "value_error":
-        message = f"{message} (got {v.shown(item['input'])})"
-    return f"{place}{message}" if message.startswith("[") else f"{place}: {message}"
+    return problem(item, loc, _place, _known, lambda loc: _REMEDIES.get(str(loc[-1]), "add it"))
+
+
+def _place(loc: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in loc)
 
 
 _REMEDIES = {

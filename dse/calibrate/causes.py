@@ -66,6 +66,7 @@ CAUSES = (
     Cause("half of each prompt was in a prefix cache", _with(prefix_hit="0.5")),
     Cause("prompts were in a prefix cache (95%)", _with(prefix_hit="0.95")),
     *(Cause(f"the KV cache is {name}", _with(kv=name)) for name in ("bf16", "fp8")),
+    Cause("tokens are sent 20 at a time (stream_interval)", _with(stream_interval="20")),
     Cause("admission is not limited by KV memory", unlimited=True),
     Cause("admission sets aside the KV of whole answers", values={"reserved_output": 1.0}),
     Cause("requests run in lockstep cohorts", values={"cohort": 1.0}),

@@ -24,6 +24,7 @@ from dse.catalog.coefficients import LEVELS, CoefficientSet, coefficient_set
 from dse.catalog.uncertainty import BASE, Block, Uncertainty
 from dse.cost.evaluate import estimate
 from dse.errors import InputError, unknown
+from dse.programs import quick
 from dse.space.cases import Case, parse_cases, scenarios_of
 
 Array = np.ndarray
@@ -152,9 +153,8 @@ def read_candidates(table: pd.DataFrame, known: CoefficientSet) -> Candidates:
     )
 
 
-_gradient = jax.jit(
-    jax.vmap(jax.jacfwd(log_ttft_tpot)), compiler_options={"xla_cpu_use_fusion_emitters": False}
-)  # as `sources.compiled`, but of scenarios that are arguments: one program serves every table of a size
+# As `sources.compiled`, but of scenarios that are arguments: one program serves every table of a size.
+_gradient = quick(jax.vmap(jax.jacfwd(log_ttft_tpot)))
 
 
 def _slopes(cases: Sequence[Case], known: CoefficientSet) -> Array:

@@ -2,8 +2,10 @@
 
 A kernel's coefficient on one GPU is one draw of what the step model calls by another name. Their mean over the GPUs of
 the tables, as sure as they agree, and the cited default, as sure as its `doubt` says, together give the prior's centre;
-its width is that of any other prior. Launches are left out: a table's hold what its
-benchmark runs around the kernel. Peak shares are set against what the power limit leaves (`roofline.rates`).
+its width is that of any other prior. How far draws lie apart is itself estimated, from them and from the doubt as if it
+were one draw more: a single GPU (the only one with fp4 tables, say) counts no more than the default. Launches are left
+out: a table's hold what its benchmark runs around the kernel. Peak shares are set against what the power limit leaves
+(`roofline.rates`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from dse.cost.types import Device
 from dse.units import RATES
 
 Priors = dict[str, tuple[float, float]]
-LEAST = 0.05  # a spread of log values below which a few GPUs cannot tell it
 
 
 def _as_is(value: float, device: Device) -> float:
@@ -85,7 +86,8 @@ def kernel_priors(tables: Mapping[str, pd.DataFrame], seed: int = 0) -> Priors:
 def _together(name: str, values: np.ndarray) -> tuple[float, float]:
     """(centre, spread): default and draws, each by its precision."""
     free = next(f for f in FREE if f.name == name)
-    sure, seen = free.doubt**-2.0, max(float(np.std(values)), LEAST) ** -2.0
+    apart = (free.doubt**2 + np.sum((values - np.mean(values)) ** 2)) / len(values)
+    sure, seen = free.doubt**-2.0, 1.0 / apart
     default = np.log(getattr(Coefficients(), name))
     return float((default * sure + np.mean(values) * seen) / (sure + seen)), free.spread("base")
 

@@ -36,10 +36,11 @@ class Kind:
 # and GPUs that it saw by efficiencies which are wrong for others (a model left out: 19% instead of 14%). What is
 # particular to a model, or to a version of an engine, has offsets of its own.
 KINDS = {
-    "rate": Kind(base=0.1, generation=0.03, gpu=0.03, engine=0.03, version=0.2, model=0.2),
-    "launch": Kind(base=0.3, generation=0.08, gpu=0.05, engine=0.15, version=0.2, model=0.2),
+    "rate": Kind(base=0.1, generation=0.03, gpu=0.03, engine=0.03, version=0.3, model=0.3),
+    "launch": Kind(base=0.3, generation=0.08, gpu=0.05, engine=0.1, version=0.2, model=0.2),
     "schedule": Kind(base=0.5, generation=0.05, gpu=0.05, engine=0.5, version=0.5, model=0.05),
-    "network": Kind(base=0.5, generation=0.3, gpu=0.15, engine=0.1, version=0.0, model=0.0),
+    "admission": Kind(base=0.5, generation=0.0, gpu=0.0, engine=0.7, version=0.3, model=0.0),
+    "network": Kind(base=0.5, generation=0.3, gpu=0.15, engine=0.1, version=0.2, model=0.2),
 }
 LEAST = 1e-3  # a standard deviation so small that the offset is no parameter
 
@@ -87,7 +88,7 @@ FREE = (
     Free("step_overhead", 0.7, "launch"),
     Free("request_overhead", 1.0, "launch"),
     Free("arrival_overhead", 1.0, "schedule"),
-    Free("first_wave", 0.3, "schedule"),
+    Free("first_wave", 0.6, "schedule"),
     Free("cohort", 1.0, "schedule"),
     Free("collective_base", 0.7, "network"),
     Free("collective_ll128", 0.7, "network"),
@@ -123,7 +124,7 @@ FREE = (
     Free("link_low_dispatch", 0.2, "network"),
     Free("link_low_combine", 0.2, "network"),
     Free("imbalance", 0.3, "rate"),
-    Free("reserved_output", 0.5, "schedule"),
+    Free("reserved_output", 0.5, "admission"),
 )
 
 

@@ -32,6 +32,7 @@ BOUNDS = {
     "memory": (0.2, 1.0),
     "expert_memory": (0.2, 1.0),
     "cohort": (0.001, 1.0),
+    "arrival_overhead": (0.0, 0.5),  # seconds; what waits longer was compiled or queued, which no request brings along
     "core_memory": (0.2, 1.0),
     "imbalance": (1.0, 4.0),
     "reserved_output": (0.02, 1.0),
@@ -63,7 +64,7 @@ class CoefficientSet:
         return Coefficients(**values)
 
     def known(self, generation: str = "", gpu: str = "", engine: str = "", version: str = "", model: str = "") -> str:
-        """The set and the levels that spoke: `measured: hopper, h100, vllm, vllm 0.15`."""
+        """The set and the levels that spoke: `measured: hopper, h100, vllm, vllm 0.15.1`."""
         keys = [
             key
             for level, key in zip(LEVELS, (generation, gpu, engine, version, model), strict=True)
@@ -73,9 +74,12 @@ class CoefficientSet:
 
 
 def version_key(engine: str, version: str) -> str:
-    """An engine's version as a level's key, major and minor: `vllm 0.15` of 0.15.1; "" where it is not a number."""
-    found = re.match(r"v?(\d+)\.(\d+)", version.strip().lower())
-    return f"{engine} {found[1]}.{found[2]}" if found and engine else ""
+    """An engine's version as a level's key: `vllm 0.15.1` of v0.15.1.post2; "" where it is not a number.
+
+    With the third number, since SGLang counts its releases in it: eight of them, and as many months, are all 0.5.
+    """
+    found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", version.strip().lower())
+    return f"{engine} {found[1]}.{found[2]}.{found[3] or 0}" if found and engine else ""
 
 
 def coefficient_set(name: str | Path | None = None) -> CoefficientSet:

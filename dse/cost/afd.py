@@ -4,7 +4,7 @@ Per layer a micro-batch computes attention (T_a), travels to the experts (T_c), 
 m micro-batches play ping-pong, so a layer of all of them lasts max(T_a + T_f + 2 T_c, m max(T_a, T_f, T_c)): the round
 of one, or the busiest of the three (MegaScale-Infer, Zhu et al. 2025, section 4.1; both directions of a link run at
 once). Times are means over the kinds of layer.
-Ignored: pipeline stages, attention that starts before a whole micro-batch is back, FFN ranks that serve two models.
+Ignored: attention that starts before a whole micro-batch is back, FFN ranks that serve two models.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AttentionFfn:
     """One decode deployment: a group of attention GPUs and a group of FFN GPUs, `load.concurrency` requests in all.
 
     The FFN plan's `attention_dp` is the number of its ranks (tp 1): each computes its share of the tokens' dense part
-    and holds its share of the experts.
+    and holds its share of the experts. Both plans have one pipeline stage (whoever makes them refuses more).
     """
 
     attention: Scenario

@@ -13,9 +13,10 @@ from dse.cost.goodput import Arrivals, Demand, OpenLoop, goodput, open_loop
 from dse.cost.memory import Memory, memory
 from dse.cost.openloop import resident
 from dse.cost.serving import Served, serve
-from dse.cost.shard import shard
-from dse.cost.types import Architecture, Device, Load, Number, Plan, Topology, pytree
+from dse.cost.shard import shard, speculating
+from dse.cost.types import Architecture, Device, Load, Number, Plan, Topology, pytree, replace
 from dse.numerics import safe_divide
+from dse.programs import by_size
 from dse.units import HOUR
 
 
@@ -69,8 +70,9 @@ def estimate_one(x: Scenario) -> Estimate:
 
 def estimate_sharded(x: Scenario, sharded: Any) -> Estimate:
     """The rest of `estimate_one`, once the plan's own numbers are known: what a sweep repeats for every load."""
-    fits = memory(x.architecture, x.device, x.plan, x.load, x.coefficients)
-    served = serve(sharded, x.load, fits)
+    plan = speculating(x.plan, x.load)
+    fits = memory(x.architecture, x.device, plan, x.load, x.coefficients)
+    served = serve(speculated(sharded, x.load), x.load, fits)
     load, gpus = x.load, gpus_of_replica(x.plan)
     e2e = served.ttft + jnp.maximum(load.osl - 1.0, 0.0) * served.tpot
     requests = load.concurrency / e2e  # a replica
@@ -91,11 +93,16 @@ def estimate_sharded(x: Scenario, sharded: Any) -> Estimate:
     )
 
 
+def speculated(sharded: Any, load: Load) -> Any:
+    """A sharded plan without its draft model's prompts where the load drafts nothing."""
+    return sharded if sharded.draft is None else replace(sharded, plan=speculating(sharded.plan, load))
+
+
 def estimate_open(x: Scenario, sharded: Any, demand: Demand, best: bool = True) -> OpenEstimate:
     """An estimate under open load as well. `best`: find the goodput, even where a rate is given."""
     load = resident(x.load, demand.lengths)
-    held = memory(x.architecture, x.device, x.plan, load, x.coefficients)
-    base = estimate_sharded(x, sharded)
+    held = memory(x.architecture, x.device, speculating(x.plan, x.load), load, x.coefficients)
+    base, sharded = estimate_sharded(x, sharded), speculated(sharded, x.load)
     common = {**vars(base), "memory": held}
     if demand.rate is None or best:
         top = goodput(sharded, load, demand.lengths, held, demand.cv, demand.slo)
@@ -108,7 +115,7 @@ def estimate_open(x: Scenario, sharded: Any, demand: Demand, best: bool = True) 
 
 @lru_cache(maxsize=1)
 def _batched() -> Any:
-    return jax.jit(jax.vmap(estimate_one))
+    return by_size(jax.vmap(estimate_one))
 
 
 def estimate(scenarios: Scenario) -> Estimate:

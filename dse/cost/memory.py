@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from dse.cost.coefficients import Coefficients
 from dse.cost.eplb import with_replicas
 from dse.cost.operators import cached_keys, shard_gemm
-from dse.cost.shard import dense_shapes, exchanges, expert_shapes, extra_shapes, sequence_shards, stage_share
+from dse.cost.shard import (
+    dense_shapes,
+    draft_plan,
+    exchanges,
+    expert_shapes,
+    extra_shapes,
+    sequence_shards,
+    stage_share,
+)
 from dse.cost.types import Architecture, Device, FeedForward, Load, Mixer, Number, Plan, pytree
 from dse.numerics import safe_divide
 
@@ -65,12 +73,22 @@ def weights(arch: Architecture, plan: Plan, drafting: Number) -> Number:
     return (mixers + ffns) * stage_share(arch, plan) + vocabulary + other + mtp
 
 
+def draft_weights(plan: Plan, drafting: Number) -> Number:
+    """Weights of a draft model, where it drafts, in place of MTP modules'."""
+    if plan.draft is None:
+        return 0.0
+    return jnp.where(drafting > 0, plan.draft.present, 0.0) * weights(plan.draft.architecture, draft_plan(plan), 0.0)
+
+
 def kv_bytes(arch: Architecture, plan: Plan, length: Number) -> Number:
-    """KV cache and recurrent state of one request of `length` tokens on one GPU.
+    """KV cache and recurrent state of one request of `length` tokens on one GPU, a draft model's with it.
 
     GQA is divided by min(tp, kv_heads), MLA (kv_heads = 1) not at all; by cp where the sequence is sharded; by pp.
     """
     total: Number = 0.0
+    if plan.draft is not None:
+        total = plan.draft.present * kv_bytes(plan.draft.architecture, draft_plan(plan), length)
+    own: Number = 0.0
     for mixer in arch.mixers:
         layer: Number = 0.0
         if mixer.core is not None:
@@ -81,8 +99,8 @@ def kv_bytes(arch: Architecture, plan: Plan, length: Number) -> Number:
                 layer = layer + present * mixer.indexer.dim * mixer.core.ratio * length / plan.cp
         if mixer.state is not None:
             layer = layer + mixer.state.state_bytes / plan.tp
-        total = total + mixer.count * layer
-    return total * stage_share(arch, plan)
+        own = own + mixer.count * layer
+    return own * stage_share(arch, plan) + total
 
 
 def activations(arch: Architecture, plan: Plan, tokens: Number, rows: Number) -> Number:
@@ -107,6 +125,7 @@ def activations(arch: Architecture, plan: Plan, tokens: Number, rows: Number) ->
 def memory(arch: Architecture, device: Device, plan: Plan, load: Load, c: Coefficients) -> Memory:
     """Every term of one GPU's memory, and how many requests fit."""
     drafting = 0.0 if load.draft_tokens is None else load.draft_tokens
+    modules = drafting if plan.draft is None else drafting * (1.0 - plan.draft.present)  # the target's own, that draft
     requests = jnp.maximum(load.concurrency / plan.attention_dp, 1.0)
     prompt = load.isl * (1.0 - load.prefix_hit)
     step_prompt = jnp.minimum(load.chunk, prompt * requests) / plan.cp
@@ -116,7 +135,7 @@ def memory(arch: Architecture, device: Device, plan: Plan, load: Load, c: Coeffi
     tokens = step_prompt + rows
     dispatched = 2.0 * tokens * arch.hidden * (plan.precision.dispatch_bytes + plan.precision.combine_bytes)
     parts = {
-        "weights": weights(arch, plan, drafting),
+        "weights": weights(arch, plan, modules) + draft_weights(plan, drafting),
         "activations": activations(arch, plan, tokens, rows),
         "buffers": jnp.where(ranks > 1, c.communication_buffer, 0.0) + exchange * dispatched,
         "reserve": jnp.asarray(c.runtime_reserve + c.graph_reserve),

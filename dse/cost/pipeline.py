@@ -4,11 +4,13 @@ TTFT = sum_i (wait_i + t_i + transfer_i), throughput = min_i (replicas_i batch_i
 - batches (`Batched`: encoder, rerank, prefill, retrieval): a replica takes up to `batch` of the calls that wait. Calls
   differ by kind (tokens, turn), so a batch's time has a mean and a variance. Stages that share a pool share its
   replicas: their busy shares add up, and each waits for both.
-- continuous (`Continuous`: decode, aggregated LLM): calls join a running batch; TPOT and TTFT follow the number
-  running, which Little's law gives at a rate. What shares the pool takes a share of its time.
+- continuous (`Continuous`: decode): calls join a running batch; TPOT follows the number running, which Little's law
+  gives at a rate.
+- aggregated (`pipeline_open`): prefill and decode of one pool, in the open loop. What shares the pool takes a share of
+  its time (`slowed`).
 - delays (gateway, tool): a time and no queue.
 The wait is that of c servers (Sakasegawa 1977), which for one server and batches of one is Pollaczek-Khinchine's;
-within 20% of a simulation for batches up to 8 and for several servers (tests/test_pipeline.py).
+within 20% of a simulation for batches up to 8 and for several servers (tests/test_pipeline_queues.py).
 Ignored: correlation of a request's waits, failures, links that several pools saturate together.
 """
 
@@ -18,12 +20,13 @@ import jax.numpy as jnp
 
 from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Scenario
+from dse.cost.pipeline_tails import Cumulants, of_moments, of_rest, of_some, of_wait
 from dse.cost.pool_steps import decode_times
 from dse.cost.queueing import BUSIEST
 from dse.cost.serving import flow
 from dse.cost.shard import shard
 from dse.cost.step import Batch, Segment, step
-from dse.cost.types import Architecture, Device, Number, Plan, Topology, pytree
+from dse.cost.types import Architecture, Device, Number, Plan, Topology, pytree, replace
 from dse.numerics import safe_divide
 
 
@@ -49,12 +52,16 @@ def job_times(x: Job) -> tuple[Number, Number]:
     """(seconds until it is through, seconds that it occupies each pipeline stage); 0 where it has no tokens.
 
     A token of a bidirectional sequence of T sees T keys: as if the sequence began at T/2, for S + T/2 keys are seen.
+    Sequences are dealt over the attention-DP ranks; of fewer sequences than ranks, some ranks hold none.
     """
     s = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
     some = x.sequences * x.tokens > 0
     tokens = jnp.where(some, x.tokens, 1.0)
     start = x.cached + 0.5 * x.bidirectional * tokens
     requests = jnp.where(some, x.sequences, 1.0)
+    ranks = jnp.clip(requests, 1.0, x.plan.attention_dp)
+    s = replace(s, plan=replace(s.plan, attention_dp=ranks))  # a step counts the expert group's tokens so
+    requests = requests / ranks
     prompts = Segment(requests=requests, tokens=tokens, start=start, span=tokens)
     t = step(s, Batch(prefill=prompts, decode=None), x.plan.overlap_prefill)
     return jnp.where(some, flow(s, t, 1.0), 0.0), jnp.where(some, t.total, 0.0)
@@ -85,8 +92,10 @@ class Batched:
     single: Number  # a lone call occupies a replica, mean
     service: Number  # a full batch occupies a replica, mean
     square: Number  # of that, mean of squares over batches of one kind each
+    cube: Number  # and of cubes
     batch: Number
     calls: Number
+    own: Cumulants  # of a lone call of the first turn
 
     @property
     def capacity(self) -> Number:
@@ -114,8 +123,10 @@ def batched(
         single=jnp.sum(weight * occupied[0], -1),
         service=jnp.sum(weight * occupied[1], -1),
         square=jnp.sum(weight * occupied[1] ** 2, -1),
+        cube=jnp.sum(weight * occupied[1] ** 3, -1),
         batch=batch,
         calls=calls,
+        own=of_moments(*(jnp.sum(first * latency[0] ** power, -1) for power in (1, 2, 3))),
     )
 
 
@@ -124,7 +135,6 @@ class Continuous:
     """A stage that calls join and leave. Leaves (..., k) by number of running calls a replica, ascending."""
 
     rate: Number  # (..., k) calls/s of a replica
-    ttft: Number  # (..., k) seconds to the first token (0: decode)
     tpot: Number  # (..., k)
     seats: Number  # calls that may run on a replica
     scv: Number  # of the time that a call stays
@@ -140,6 +150,8 @@ class Load:
     """A pool at a rate."""
 
     wait: Number  # seconds before each batched stage, a call
+    delayed: Number  # chance of any, ...
+    scv: Number  # ... and squared coefficient of variation of the waits of those that wait
     utilisation: Number  # with full batches: what is left of 1 is left to serve more
     stable: Number
     filled: tuple[Number, ...]  # by stage: 0 where calls run alone, 1 in full batches
@@ -154,11 +166,14 @@ def pool_load(rate: Number, stages: tuple[Batched, ...], replicas: Number) -> Lo
     rho the busy share in full batches:
     W = [beta^k t(n)/2 (1 + cv^2/n) + rho^(k+1)/(1-rho) t(b)/(2b) (1 + cv^2)]/c, k = sqrt(2(c+1)) - 1,
     weighted by the stages' shares. One server, b = 1: R E[S^2]/(2(1-rho)); rho -> 1: t(b)/(2 b c (1-rho)).
+    Those that wait (beta^k) wait for a geometric number of residual services, as before one server exactly: more than
+    one by the backlog's share q of W, cv^2 = (1-q) cv_r^2 + q. The least of c residuals is nearer to an exponential:
+    1 - 3(1 - cv_r^2)/(c + 2) for cv_r^2.
     """
     each = [rate * s.calls * s.service / (s.batch * replicas) for s in stages]
     whole = sum(each, start=0.0 * replicas)
     rho = jnp.clip(whole, 0.0, BUSIEST)
-    busy, weights, residual, backlog, filled = 0.0 * rho, 0.0 * rho, 0.0 * rho, 0.0 * rho, []
+    busy, weights, residual, square, backlog, filled = 0.0 * rho, 0.0 * rho, 0.0 * rho, 0.0 * rho, 0.0 * rho, []
     for share, s in zip(each, stages, strict=True):
         free = replicas * (1.0 - jnp.clip(whole - share, 0.0, BUSIEST))
         arrivals, more = rate * s.calls / free, safe_divide(s.service - s.single, s.batch - 1.0)
@@ -166,57 +181,101 @@ def pool_load(rate: Number, stages: tuple[Batched, ...], replicas: Number) -> Lo
         n = jnp.clip(jnp.where(arrivals * more < 1.0, n, s.batch), 1.0, s.batch)
         time = s.single + (n - 1.0) * more
         spread = jnp.maximum(safe_divide(s.square, s.service**2, otherwise=1.0) - 1.0, 0.0)
+        skew = safe_divide(s.cube, s.service**3, otherwise=1.0) - 1.0 - 3.0 * spread
         own = rate * s.calls * time / (n * replicas)
         weights = weights + own
         found = arrivals * time
         busy = busy + jnp.minimum(own, found / (found + jnp.exp(-found)))
         residual = residual + own * 0.5 * time * (1.0 + spread / n)
+        square = square + own * time**2 * (1.0 + 3.0 * spread / n + skew / n**2) / 3.0
         backlog = backlog + safe_divide(share, whole) * 0.5 * s.service / s.batch * (1.0 + spread)
         filled.append(safe_divide(n - 1.0, s.batch - 1.0))
     power = jnp.sqrt(2.0 * (replicas + 1.0)) - 1.0
-    residual = safe_divide(residual, weights) * jnp.clip(jnp.maximum(busy, rho), 1e-12, 1.0) ** power
+    delayed = jnp.clip(jnp.maximum(busy, rho), 1e-12, 1.0) ** power
+    one = safe_divide(residual, weights)
+    uneven = safe_divide(safe_divide(square, weights), one**2, otherwise=4.0 / 3.0) - 1.0
+    uneven = 1.0 - 3.0 * (1.0 - uneven) / (replicas + 2.0)
     backlog = backlog * jnp.maximum(rho, 1e-12) ** (power + 1.0) / (1.0 - rho)
-    return Load(wait=(residual + backlog) / replicas, utilisation=whole, stable=whole < 1.0, filled=tuple(filled))
+    return Load(
+        wait=(one * delayed + backlog) / replicas,
+        delayed=delayed,
+        scv=uneven + (1.0 - uneven) * safe_divide(backlog, one * delayed + backlog),
+        utilisation=whole,
+        stable=whole < 1.0,
+        filled=tuple(filled),
+    )
 
 
-def in_batch(s: Batched, filled: Number) -> tuple[Number, Number]:
-    """(first turn's, mean) seconds of a call's own batch."""
+@pytree
+class Part:
+    """What a stage adds to a request. Seconds."""
+
+    wait: Number  # of a call
+    first: Number  # time of a first turn's call
+    total: Number  # waits and times of all calls
+    ttft: Cumulants  # the first turn's, over requests that meet the stage and those that do not
+    calls: Number  # a request, in the mean
+    tpot: Number = 0.0
+
+
+def batched_part(s: Batched, load: Load, filled: Number, share: Number, iteration: Number) -> Part:
+    """In a pool under `load`. `share` of the requests call it in their first turn; before it runs, what is left of the
+    `iteration` of an aggregated LLM beside it must end. A batch of n calls mixes kinds: its time varies 1/n as much.
+    """
     more = filled * (s.together - s.alone)
-    return s.first + more, s.alone + more
+    wait = load.wait + 0.5 * iteration
+    n = 1.0 + filled * (s.batch - 1.0)
+    stretch = safe_divide(s.first + more, s.first, otherwise=1.0)
+    service = Cumulants(
+        mean=s.first + more, variance=s.own.variance * stretch**2 / n, third=s.own.third * stretch**3 / n**2
+    )
+    call = of_wait(load.wait, load.delayed, load.scv) + of_rest(iteration) + service
+    total = s.calls * (wait + s.alone + more)
+    return Part(wait=wait, first=s.first + more, total=total, ttft=of_some(call, share), calls=s.calls)
 
 
 @pytree
 class Running:
-    """A continuous stage at a rate: seconds of a call."""
+    """A continuous stage at a rate."""
 
-    wait: Number  # for a seat
-    ttft: Number
-    tpot: Number
+    part: Part
     utilisation: Number
     stable: Number
 
 
-def running(s: Continuous, rate: Number, replicas: Number, lost: Number) -> Running:
-    """`rate` requests/s over `replicas`, which lose a share `lost` of their time to what shares the pool.
+def running(s: Continuous, rate: Number, replicas: Number) -> Running:
+    """`rate` requests/s over `replicas`.
 
-    Between the priced numbers of running calls times are linear in the rate; below the first, its own. For a seat a
+    Between the priced numbers of running calls TPOT is linear in the rate; below the first, its own. For a seat a
     call waits as before K = seats * replicas servers: rho^(sqrt(2(K+1))-1)/(1-rho) (1 + cv^2)/2 over the largest rate.
     """
-    left = 1.0 - jnp.clip(lost, 0.0, BUSIEST)
-    each = rate * s.calls / (replicas * left)
+    each = jnp.asarray(rate * s.calls / replicas)
     ends = s.rate
     steps = jnp.diff(ends, axis=-1)
     inside = jnp.clip(each[..., None] - ends[..., :-1], 0.0, jnp.maximum(steps, 0.0))
-
-    def at(values: Number) -> Number:
-        return (values[..., 0] + jnp.sum(safe_divide(inside * jnp.diff(values, axis=-1), steps), -1)) / left
-
+    tpot = s.tpot[..., 0] + jnp.sum(safe_divide(inside * jnp.diff(s.tpot, axis=-1), steps), -1)
     seats = s.seats * replicas
-    full = ends[..., -1] * replicas
     busy = each / ends[..., -1]
     rho = jnp.clip(busy, 1e-12, BUSIEST)
-    wait = rho ** (jnp.sqrt(2.0 * (seats + 1.0)) - 1.0) / (1.0 - rho) * 0.5 * (1.0 + s.scv) / (full * left)
-    return Running(wait=wait, ttft=at(s.ttft), tpot=at(s.tpot), utilisation=busy, stable=(busy < 1.0) & (lost < 1.0))
+    delayed = rho ** (jnp.sqrt(2.0 * (seats + 1.0)) - 1.0)
+    wait = delayed / (1.0 - rho) * 0.5 * (1.0 + s.scv) / (ends[..., -1] * replicas)
+    return Running(
+        part=Part(
+            wait=wait,
+            first=0.0 * wait,
+            total=s.calls * wait,
+            ttft=of_wait(wait, delayed, 1.0),
+            calls=s.calls,
+            tpot=tpot,
+        ),
+        utilisation=busy,
+        stable=busy < 1.0,
+    )
+
+
+def slowed(load: Load) -> Number:
+    """How many times as long an aggregated LLM takes whose pool is `load`ed with batched stages as well."""
+    return 1.0 / (1.0 - jnp.clip(load.utilisation, 0.0, BUSIEST))
 
 
 __all__ = [
@@ -224,12 +283,14 @@ __all__ = [
     "Continuous",
     "Job",
     "Load",
+    "Part",
     "Running",
     "batched",
+    "batched_part",
     "decode_time",
-    "in_batch",
     "job_times",
     "pool_load",
     "running",
     "scan_time",
+    "slowed",
 ]

@@ -5,16 +5,26 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from dse.cost.types import Number, pytree
+from dse.numerics import safe_divide
 
 
 @pytree
 class Journey:
-    """What a request of one (prefill plan, decode plan, workers) meets, all that N does not change. Seconds."""
+    """What a request of one (prefill plan, decode plan, workers) meets, all that N does not change. Seconds.
+
+    A prompt's own steps take `idle` in an idle worker, `busy` where every other rank of its worker computes a prompt
+    too, `more` longer for each further prompt of its rank that shares them, and `full` where they are full.
+    """
 
     idle: Number
     busy: Number
-    service: Number
-    servers: Number  # attention-DP ranks of the prefill pool
+    more: Number
+    full: Number
+    service: Number  # a prompt's share of full steps
+    stage: Number  # share of a prompt's own time in which the worker takes no other step: 1 without a pipeline
+    chunks: Number  # steps of a prompt
+    workers: Number  # of the prefill pool
+    servers: Number  # their attention-DP ranks
     fixed: Number  # arrival overhead, latency of the transfer, first decode step
     travel: Number  # the whole cache over the link
     layers: Number
@@ -31,9 +41,42 @@ def exposed(j: Journey, prefill: Number) -> Number:
     return jnp.where(j.layerwise > 0, rest, j.travel)
 
 
+def met(j: Journey, rate: Number, decoding: Number) -> Number:
+    """The rate of others that an arrival meets: (N-1)/N of all, N no more than without any wait.
+
+    In a closed loop an arrival sees the system as the other N - 1 leave it; where N = 1 it meets nobody.
+    """
+    least = rate * (j.fixed + j.idle + exposed(j, j.idle)) + decoding
+    return rate * jnp.maximum(1.0 - 1.0 / jnp.maximum(least, 1.0), 0.0)
+
+
 def computed(j: Journey, rate: Number) -> Number:
-    """Seconds of a prompt's own steps: other ranks are as busy as the pool."""
-    return j.idle + jnp.minimum(rate * j.service / j.servers, 1.0) * (j.busy - j.idle)
+    """Seconds T of a prompt's own steps. The ranks of a worker step together, each with what came in the last step.
+
+    With y = rate T / servers prompts a rank, T = idle + y (busy - idle) up to y = 1, and T = busy + (y - 1 + u) more,
+    at most full, beyond: dealt in turn, the fullest rank has u = (K-1)/(2K) prompts more than the mean, which it
+    computes as if alone. Where both hold, long steps stay long, for they collect more: the second, by its y up to one.
+    """
+    n = rate * j.stage / j.servers  # prompts a rank and second
+    uneven = 0.5 * (1.0 - j.workers / j.servers) * safe_divide(j.idle, j.busy)
+    few = j.idle / jnp.maximum(1.0 - n * jnp.maximum(j.busy - j.idle, 0.0), 1e-9)
+    many = jnp.maximum(j.busy - (1.0 - uneven) * j.more, 0.0) / jnp.maximum(1.0 - n * j.more, 1e-9)
+    own = jnp.minimum(few, j.busy) + jnp.minimum(n * many, 1.0) * jnp.maximum(many - j.busy, 0.0)
+    return jnp.clip(own, j.idle, jnp.maximum(j.full, j.idle))
+
+
+def boundary(j: Journey, rate: Number, own: Number) -> Number:
+    """Mean seconds until the step that runs on an arrival's worker ends; `own` seconds are those of a prompt.
+
+    A gate that lets all in at the end of each step T is shut a share x/(x + exp(-x)) of the time, x = rate T / workers
+    (exact for Poisson arrivals and constant T), and then for half a step; of several workers an open one is taken
+    (Sakasegawa's exponent). A rank alone meets the rest of a whole prompt, many meet that of one chunk.
+    """
+    x = rate * own * j.stage / j.workers
+    shut = x / (x + jnp.exp(-x))
+    every = shut ** (jnp.sqrt(2.0 * (j.workers + 1.0)) - 1.0)
+    ranks = j.servers / j.workers
+    return 0.5 * every * own * j.stage / (1.0 + (j.chunks - 1.0) * (1.0 - 1.0 / ranks))
 
 
 def waiting(rate: Number, service: Number, servers: Number) -> Number:
@@ -46,28 +89,38 @@ def waiting(rate: Number, service: Number, servers: Number) -> Number:
     return 0.5 * service / servers * rho ** (jnp.sqrt(2.0 * (servers + 1.0)) - 1.0) / (1.0 - rho)
 
 
+def behind(j: Journey, rate: Number) -> Number:
+    """Of that wait, what is left when the step that runs has ended (M/D/1: S rho^2/(2(1-rho)))."""
+    return waiting(rate, j.service, j.servers) * rate * j.service / j.servers
+
+
 def in_flight(j: Journey, rate: Number, decoding: Number) -> tuple[Number, Number]:
     """(N, TTFT) at `rate` requests/s with `decoding` requests in the decode pool, below the prefill pool's rate.
 
-    N = X TTFT(N) + decoding, with TTFT(N) = fixed + prompt + f S/2 max(N/c - 1, 0) + (1-f) min(W, S (N-1)/(2c)): the
-    first wave's mean place in line by its weight f, else the queue's wait, which the N - 1 others bound. Each branch is
-    a line in N with slope below one, so the solution is the larger over the max of the smaller over the min.
+    N = X TTFT(N) + decoding. A prompt of the first wave, of weight f, is done when its step is: one step of all, from
+    `idle` to `busy` by the ranks that have one and S N/c where they have more, up to (full + S N/c)/2, the mean of the
+    first full step and the last. Later ones wait for a step to end and for the queue, W, which the N - 1 others bound:
+    S (N-1)/(2c). Each branch is a line in N with slope below one, so the solution is the larger over the max of the
+    smaller over the min.
     """
-    c, f = j.servers, j.first_wave
-    prefill = computed(j, rate)
-    base = j.fixed + prefill + exposed(j, prefill)
-    half = 0.5 * j.service / c
-    wait = (1.0 - f) * waiting(rate, j.service, c)
+    f, share = j.first_wave, j.service / j.servers
+    others = met(j, rate, decoding)
+    own = computed(j, others)
+    base = j.fixed + exposed(j, own) + (1.0 - f) * (own + boundary(j, others, own))
+    wait, half = (1.0 - f) * behind(j, others), (1.0 - f) * 0.5 * share
 
-    def solve(burst: float) -> Number:
-        start = base - burst * f * half * c
-        slope = rate * burst * f * half
-        bound = rate * (1.0 - f) * half
-        queued = (rate * (start + wait) + decoding) / (1.0 - slope)
-        bounded = (rate * (start - (1.0 - f) * half) + decoding) / (1.0 - slope - bound)
-        return jnp.minimum(queued, bounded)
+    def solve(constant: Number, slope: Number) -> Number:
+        return (rate * constant + decoding) / jnp.maximum(1.0 - rate * slope, 1e-9)
 
-    n = jnp.maximum(solve(0.0), solve(1.0))
+    def until(constant: Number, slope: Number = 0.0) -> Number:
+        """N where a first wave lasts constant + slope N and the queue is what it is, or what the others can make it."""
+        start = base + f * constant
+        return jnp.minimum(solve(start + wait, f * slope), solve(start - half, f * slope + half))
+
+    rank = safe_divide(jnp.maximum(j.busy - j.idle, 0.0), j.servers - j.workers)  # a rank more with a prompt
+    few = jnp.minimum(until(j.idle - rank * j.workers, rank), until(j.busy))
+    many = jnp.minimum(until(0.0, share), until(0.5 * j.full, 0.5 * share))
+    n = jnp.maximum(until(j.idle), jnp.maximum(few, many))
     return n, (n - decoding) / rate
 
 
@@ -92,4 +145,4 @@ def best_ratio(
     return counts[place // most], counts[place % most], top[..., 0]
 
 
-__all__ = ["Journey", "best_ratio", "computed", "exposed", "in_flight", "waiting"]
+__all__ = ["Journey", "best_ratio", "boundary", "computed", "exposed", "in_flight", "met", "waiting"]

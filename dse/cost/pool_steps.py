@@ -13,6 +13,7 @@ from dse.cost.serving import accepted_tokens, cycle, flow
 from dse.cost.shard import Sharded
 from dse.cost.step import Batch, Segment, Step, step
 from dse.cost.types import Load, Number, pytree
+from dse.numerics import safe_divide
 
 
 @pytree
@@ -21,7 +22,11 @@ class PrefillTimes:
 
     idle: Number  # one prompt, the worker otherwise idle
     busy: Number  # one prompt while the other ranks compute one each
+    more: Number  # a prompt more on every rank in the same steps
+    longest: Number  # a prompt in full steps
     service: Number  # a prompt's share of full steps: 1 / (prompts/s of a rank)
+    stage: Number  # share of `idle` in which the worker's first pipeline stage is taken
+    chunks: Number  # steps of a prompt
     alone: Step
     full: Step
 
@@ -50,10 +55,16 @@ def prefill_times(s: Sharded, load: Load) -> PrefillTimes:
     ranks = plan.attention_dp * jnp.ones_like(piece)
     steps = jax.vmap(price)(jnp.stack([piece, piece, full]), jnp.stack([jnp.ones_like(ranks), ranks, ranks]))
     alone, beside, filled = (jax.tree.map(lambda leaf, i=i: leaf[i], steps) for i in range(3))
+    idle, busy = flow(s, alone, chunks), flow(s, beside, chunks)
+    longest = jnp.where(full > piece, flow(s, filled, 1.0), busy)
     return PrefillTimes(
-        idle=flow(s, alone, chunks),
-        busy=flow(s, beside, chunks),
+        idle=idle,
+        busy=busy,
+        more=safe_divide(longest - busy, full / piece - 1.0),
+        longest=longest,
         service=filled.total * prompt / full,
+        stage=chunks * alone.total / idle,
+        chunks=chunks,
         alone=alone,
         full=filled,
     )

@@ -22,7 +22,7 @@ from dse.cost.coefficients import Coefficients
 from dse.cost.collectives import Line
 from dse.cost.evaluate import Scenario, gpus_of_replica
 from dse.cost.memory import Memory, kv_bytes
-from dse.cost.pool_queue import Journey, computed, exposed, in_flight
+from dse.cost.pool_queue import Journey, computed, exposed, in_flight, met
 from dse.cost.pool_steps import (
     DecodeTimes,
     PrefillTimes,
@@ -37,6 +37,7 @@ from dse.cost.shard import Sharded, shard
 from dse.cost.step import Step
 from dse.cost.types import Architecture, Load, Number, Plan, Topology, pytree
 from dse.numerics import safe_divide
+from dse.programs import by_size
 from dse.units import HOUR
 
 BISECTIONS = 52  # halvings of the requests in decode: float64's mantissa
@@ -67,6 +68,7 @@ class Split:
     ffn: Scenario | None = None  # the experts' GPUs of a decode worker, where attention and FFN are split
     micro_batches: Number | None = None  # of such a worker
     apart: Number = 0.0  # 1: the pools are in different clusters, joined by the outermost levels of both
+    seats: Number | None = None  # requests that a decode worker's engine runs at most; None: memory alone limits
 
 
 @pytree
@@ -75,7 +77,11 @@ class Sender:
 
     idle: Number  # as in PrefillTimes
     busy: Number
+    more: Number
+    longest: Number
     service: Number
+    stage: Number
+    chunks: Number
     ranks: Number  # attention-DP ranks
     gpus: Number
     holders: Number  # GPUs that hold a part (or a copy) of one request's KV cache
@@ -194,10 +200,14 @@ def layer_count(arch: Architecture) -> Number:
 
 
 def decode_room(x: Split) -> Number:
-    """Requests that a decode worker has memory for; unlimited where not even one fits: the plan is refused anyway."""
+    """Requests that a decode worker has memory and seats for.
+
+    Memory is no limit where not even one fits: the plan is refused anyway.
+    """
     ranks = x.decode.plan.attention_dp * jnp.ones(())
     held = decode_memory(x.decode, ranks) if x.ffn is None else attention_memory(x.decode, ranks)
-    return jnp.where(held.requests < 1.0, 1e12, held.requests * ranks)
+    room = jnp.where(held.requests < 1.0, 1e12, held.requests * ranks)
+    return room if x.seats is None else jnp.minimum(room, x.seats)
 
 
 def sender(x: Scenario, times: PrefillTimes) -> Sender:
@@ -205,15 +215,28 @@ def sender(x: Scenario, times: PrefillTimes) -> Sender:
     return Sender(
         idle=times.idle,
         busy=times.busy,
+        more=times.more,
+        longest=times.longest,
         service=times.service,
+        stage=times.stage,
+        chunks=times.chunks,
         ranks=x.plan.attention_dp,
         gpus=gpus,
         holders=request_ranks(x.plan),
         arrival=x.coefficients.arrival_overhead * jnp.ones_like(gpus),
-        first_wave=jnp.minimum(x.coefficients.first_wave / x.load.waves, 1.0),
+        first_wave=jnp.minimum(x.coefficients.first_wave, 1.0) / jnp.maximum(x.load.waves, 1.0),
         price=gpus * x.device.price,
         power=gpus * x.device.power,
     )
+
+
+def burdens(s: Sender) -> list[Number]:
+    """What a prefill worker makes its users wait by: more of any of these never shortens `in_flight`'s TTFT(N).
+
+    Seconds, and (negated) ranks that share them, GPUs that send a request's cache, steps at whose end others may start.
+    """
+    seconds = [s.idle, s.busy, s.more, s.longest, s.service / s.ranks, s.stage, s.arrival, s.first_wave]
+    return [*seconds, -s.ranks, -s.holders, -s.chunks]
 
 
 def receiver(x: Scenario, first: Number, ffn: Scenario | None = None) -> Receiver:
@@ -244,7 +267,12 @@ def journey(
     trip = Journey(
         idle=a.idle,
         busy=a.busy,
+        more=a.more,
+        full=a.longest,
         service=a.service,
+        stage=a.stage,
+        chunks=a.chunks,
+        workers=workers[0],
         servers=servers,
         fixed=a.arrival + line.fixed + b.first,
         travel=line.per_byte * b.cache * jnp.maximum(1.0, b.holders / a.holders),
@@ -302,9 +330,10 @@ def estimate_split_one(x: Split) -> SplitEstimate:
     decode = decode_worker(x, s_decode, running)
     rate = workers[1] * decode_rate(running, load.osl, decode.tpot)
     ttft = (load.concurrency - running * workers[1]) / rate
-    prefill = computed(trip, rate)
+    prefill = computed(trip, met(trip, rate, running * workers[1]))
     travel = line.fixed + exposed(trip, prefill)
-    memories = prefill_memory(x.prefill), worker_memory(x, asked)
+    held = asked if x.seats is None else jnp.minimum(asked, x.seats)
+    memories = prefill_memory(x.prefill), worker_memory(x, held)
     return SplitEstimate(
         **vars(delivered(a, b, workers, load, rate, ttft, decode.tpot)),
         memory=fuller(*memories),
@@ -337,7 +366,7 @@ def _root(f: Callable[[Number], Number]) -> Number:
 
 @lru_cache(maxsize=1)
 def _batched() -> Any:
-    return jax.jit(jax.vmap(estimate_split_one))
+    return by_size(jax.vmap(estimate_split_one))
 
 
 def estimate_split(splits: Split) -> SplitEstimate:
@@ -353,6 +382,7 @@ __all__ = [
     "Split",
     "SplitEstimate",
     "Transfer",
+    "burdens",
     "decode_worker",
     "delivered",
     "estimate_split",

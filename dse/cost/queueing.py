@@ -148,20 +148,39 @@ def gg1(rate: Number, arrival_scv: Number, service: Moments) -> Wait:
     )
 
 
-def companions(rate: Number, arrival_scv: Number, within: Number) -> tuple[Number, Number]:
-    """Mean number of others that come within an exponential time of mean `within` after an arrival, and the chance of
-    any: f/(1-f) and f = (1 + ca^2/(R w))^(-1/ca^2), the transform of gamma gaps. R w for Poisson arrivals."""
+def companions(arrival_scv: Number, expected: Number) -> tuple[Number, Number]:
+    """Mean number of others that come within an exponential time after an arrival (or before it), and the chance of
+    any: f/(1-f) and f = (1 + ca^2/x)^(-1/ca^2), the transform of gamma gaps; x arrivals are `expected` in that time.
+    x itself for Poisson arrivals; (ca^2 - 1)/2 more where x is large."""
     scv = jnp.maximum(arrival_scv, 1e-3)
-    some = (1.0 + scv / jnp.maximum(rate * within, 1e-9)) ** (-1.0 / scv)
+    some = (1.0 + scv / jnp.maximum(expected, 1e-9)) ** (-1.0 / scv)
     return some / jnp.maximum(1.0 - some, 1e-9), some
 
 
-def many_servers(rate: Number, servers: Number, service: Number, scv: Number) -> Wait:
-    """G/G/K with K slots: Halfin and Whitt's delay probability 1/(1 + b F(b)/f(b)), b = (1-r) sqrt(K), and a wait of
-    E[S]/(K(1-r)) (ca^2+cs^2)/2 for those that wait (`scv` is that half sum). Good where K is ten or more.
+def dispersion(arrival_scv: Number, expected: Number) -> Number:
+    """Variance over mean I of the number that come in a time in which x are `expected`: 1 + 2 (mean companions within
+    half of it) - x, from E[N(N-1)] = 2 x (mean over the interval of the companions behind each). 1 for Poisson
+    arrivals, from 1 to ca^2 with the length of the interval otherwise."""
+    near, _ = companions(arrival_scv, 0.5 * expected)
+    return jnp.maximum(1.0 + 2.0 * near - expected, 1e-3)
+
+
+def any_come(dispersed: Number, expected: Number) -> Number:
+    """P(N > 0) = 1 - I^(-x/(I-1)): negative binomial (bursts), Poisson (I = 1) or binomial (regular arrivals). Within
+    30% of gamma gaps of a coefficient of variation from 0.5 to 3, I by `dispersion` within 25%."""
+    over = dispersed - 1.0
+    flat = jnp.abs(over) < 1e-4
+    rate = jnp.where(flat, 1.0 - 0.5 * over, jnp.log(dispersed) / jnp.where(flat, 1.0, over))
+    return -jnp.expm1(-expected * rate)
+
+
+def many_servers(rate: Number, servers: Number, service: Number, scv: Number, peakedness: Number = 1.0) -> Wait:
+    """G/G/K with K slots: Halfin and Whitt's delay probability 1/(1 + b F(b)/f(b)), b = (1-r) sqrt(K/z), and a wait of
+    E[S]/(K(1-r)) (ca^2+cs^2)/2 for those that wait (`scv` is that half sum). z: variance over mean of the number that
+    would be there if slots never ran out (Whitt's peakedness; 1 for Poisson arrivals). Good where K is ten or more.
     """
     r, stable = _busy(rate * service / servers)
-    b = (1.0 - r) * jnp.sqrt(servers)
+    b = (1.0 - r) * jnp.sqrt(servers / peakedness)
     density = jnp.exp(-0.5 * b**2) * 0.3989422804014327
     delayed = density / (density + b * ndtr(b))
     mean = delayed * service / (servers * (1.0 - r)) * scv
@@ -237,7 +256,7 @@ def crossing(
     def solve(fall: Callable[[Number], Number], _: Number) -> Number:
         def narrow(i: Number, ends: tuple[Number, ...]) -> tuple[Number, ...]:
             low, high, above, below = ends
-            blind = (i < halvings) | (high == top)  # what `fall` is at the top is not known
+            blind = (i < halvings) | (high == top) | (low == bottom)  # what `fall` is at the ends is not known
             share = jnp.where(blind, 0.5, jnp.clip(above / jnp.maximum(above - below, 1e-30), 0.0, 1.0))
             place = low + share * (high - low)
             value = fall(place)

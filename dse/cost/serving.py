@@ -78,7 +78,7 @@ class Loop:
     flights: Number  # micro-batches in the pipeline
     n: Number  # requests of a micro-batch
     others: Number
-    waves: Number  # times the running requests are replaced in a run
+    first: Number  # share of the requests that count as the first wave, whose prompts come all at once
     alive: Number  # mean share of n while the last requests drain
     prompt: Number  # tokens computed of one prompt, ...
     piece: Number  # ... in pieces of
@@ -108,8 +108,10 @@ def closed_loop(s: Sharded, load: Load, memory: Memory) -> Loop:
     chunks = jnp.maximum(prompt / load.chunk, 1.0)
     decode_steps = jnp.maximum(load.osl - 1.0, 1e-3) / accepted
     share = jnp.where(static > 0, 1.0, decode_steps / (decode_steps + chunks))
-    # A finite run: requests of its first wave see no prompts of others, its last ones decode in a draining batch.
-    seen = (1.0 - static) * (1.0 - 0.5 / waves)
+    # A finite run: its first wave sees only the prompts behind each one's own, its last requests decode in a batch that
+    # drains
+    first = jnp.where(static > 0, 1.0, jnp.minimum(s.c.first_wave / waves, 1.0))
+    seen = (1.0 - static) * (1.0 - 0.5 * first)
     # Requests of each other attention-DP rank: none where there are fewer requests than ranks
     theirs = n * safe_divide(load.concurrency / asked - 1.0, plan.attention_dp - 1.0)
     # Decode tokens take their part of a step's budget; the second is what a saturated prefill leaves itself.
@@ -123,7 +125,7 @@ def closed_loop(s: Sharded, load: Load, memory: Memory) -> Loop:
         flights=flights,
         n=n,
         others=others,
-        waves=waves,
+        first=first,
         alive=1.0 - (1.0 - static) / (6.0 * waves),
         prompt=prompt,
         piece=prompt / chunks,
@@ -218,14 +220,14 @@ def serve(s: Sharded, load: Load, memory: Memory) -> Served:
         rest = rest + c.prefill_priority * (first_served - rest)
     tpot = cycle_time / q.accepted
 
-    first = jnp.where(static > 0, 1.0, jnp.minimum(c.first_wave / q.waves, 1.0))
-    served = first * burst + (1.0 - first) * rest
+    served = q.first * burst + (1.0 - q.first) * rest
     residence = served + jnp.maximum(load.osl - 1.0, 0.0) * tpot
     unserved = (q.asked - q.running) * (1.0 - (q.asked - q.running) / (2.0 * q.asked * load.waves))  # none at the end
     admission = unserved / q.running * residence
-    alone = first * flow(s, prefill, q.chunks) + (1.0 - first) * own
+    alone = q.first * flow(s, prefill, q.chunks) + (1.0 - q.first) * own
+    ttft, tpot = _as_sent(load, c.arrival_overhead + served + admission, tpot)
     return Served(
-        ttft=c.arrival_overhead + served + admission,
+        ttft=ttft,
         tpot=tpot,
         queue=jnp.maximum(served - alone, 0.0) + admission,
         running=q.running,
@@ -233,6 +235,15 @@ def serve(s: Sharded, load: Load, memory: Memory) -> Served:
         mixed=mixed,
         prefill=prefill,
     )
+
+
+def _as_sent(load: Load, ttft: Number, tpot: Number) -> tuple[Number, Number]:
+    """TTFT and TPOT as a client sees them whose engine sends k = `stream_interval` tokens at a time, the first k too:
+    its first token comes with k - 1 more, its last one when it did before."""
+    if load.stream_interval is None:
+        return ttft, tpot
+    held = jnp.minimum(load.stream_interval, load.osl) - 1.0
+    return ttft + held * tpot, tpot * (1.0 - safe_divide(held, load.osl - 1.0))
 
 
 def _among(s: Sharded, group: Number) -> Sharded:

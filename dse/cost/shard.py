@@ -20,12 +20,14 @@ from dse.cost.types import (
     Device,
     FeedForward,
     Indexer,
+    Load,
     Mixer,
     Number,
     Plan,
     Routed,
     Topology,
     pytree,
+    replace,
 )
 from dse.numerics import ceil_ratio, safe_divide
 
@@ -117,6 +119,7 @@ class Sharded:
     boundary: Line  # to the next stage, bytes
     boundary_bytes: Number  # a token
     c: Coefficients
+    draft: Sharded | None = None  # the draft model on the same GPUs
 
 
 def _roof(shape: GemmShape, part: str, plan: Plan, device: Device, c: Coefficients) -> Roofline:
@@ -311,7 +314,27 @@ def shard(arch: Architecture, device: Device, topology: Topology, plan: Plan, c:
         boundary=coll.point_to_point(topology, stage, c),
         boundary_bytes=2.0 * arch.hidden / plan.tp,
         c=c,
+        draft=None if plan.draft is None else shard(plan.draft.architecture, device, topology, draft_plan(plan), c),
     )
+
+
+def draft_plan(plan: Plan) -> Plan:
+    """A (dense) draft model's plan on the GPUs of its target: in the same formats and stages, over `tp` ranks of each.
+
+    Nothing else is shared out: what ranks beyond its own TP hold of it are copies.
+    """
+    one = jnp.ones_like(plan.tp)
+    tp = one if plan.draft is None else plan.draft.tp
+    own = replace(plan, tp=tp, cp=one, moe_ep=one, moe_tp=tp, draft=None)
+    return replace(own, sequence_parallel=None, cp_method=None, dispatch=None, eplb_replicas=None)
+
+
+def speculating(plan: Plan, load: Load) -> Plan:
+    """The plan without its draft model where the load drafts nothing."""
+    if plan.draft is None:
+        return plan
+    drafted = 0.0 if load.draft_tokens is None else jnp.where(load.draft_tokens > 0, 1.0, 0.0)
+    return replace(plan, draft=replace(plan.draft, present=plan.draft.present * drafted))
 
 
 def sequence_shards(plan: Plan) -> Number:
@@ -324,10 +347,12 @@ def sequence_shards(plan: Plan) -> Number:
 __all__ = [
     "Sharded",
     "dense_shapes",
+    "draft_plan",
     "exchanges",
     "expert_shapes",
     "extra_shapes",
     "sequence_shards",
     "shard",
+    "speculating",
     "stage_share",
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax.numpy as jnp
 
 from dse.cost.collectives import seconds
 from dse.cost.operators import context, experts_touched, keys_read, visible_keys
 from dse.cost.overlap import LayerTimes, micro_batches, overlapped
 from dse.cost.shard import CoreCost, FeedForwardCost, MixerCost, RoutedCost, SequenceCost, Sharded
-from dse.cost.types import Number, pytree
+from dse.cost.types import Number, pytree, replace
 from dse.numerics import pick, safe_divide, smooth_max
 
 
@@ -58,6 +60,9 @@ class Step:
     def total(self) -> Number:
         """With the head and the engine's overhead, which a pipeline pays once."""
         return self.body + self.head + self.overhead
+
+
+BODY = ("projections", "attention", "dense", "experts", "elementwise", "reduce", "exchange", "sequence", "hidden")
 
 
 @pytree
@@ -179,6 +184,8 @@ def _feed_forward(f: FeedForwardCost, tokens: _Tokens, latency: Number, s: Shard
 
 def step(s: Sharded, batch: Batch, rule: Number) -> Step:
     """Price one step under an overlap rule. Attention is shared out over the feed-forward kinds by their counts."""
+    if s.draft is not None:
+        return _drafted(s, batch, step(replace(s, draft=None), batch, rule))
     micro = micro_batches(rule)
     batch = Batch(
         prefill=None if batch.prefill is None else _scaled(batch.prefill, micro),
@@ -243,6 +250,27 @@ def step(s: Sharded, batch: Batch, rule: Number) -> Step:
         tokens=micro * tokens.rank,
         layer=micro * safe_divide(total, jnp.maximum(layers, mixers)),
     )
+
+
+def _drafted(s: Sharded, batch: Batch, found: Step) -> Step:
+    """The same step with a draft model in it, which computes every prompt too, part by part.
+
+    What is drafted costs steps of its own: a pipeline passes `layer` once a stage and the target's head once a drafted
+    token (`serving.cycle`), so `layer` is the draft's stage and the difference of the heads, shared out over stages.
+    """
+    small, plan = cast(Sharded, s.draft), s.plan
+    present = 1.0 if plan.draft is None else plan.draft.present
+    none = jnp.zeros(())
+    layer, prompts = found.layer, {}
+    if batch.decode is not None:
+        token = Segment(requests=batch.decode.requests, tokens=1.0, start=batch.decode.start, span=batch.decode.span)
+        one = step(small, Batch(prefill=None, decode=token), none)
+        layer = jnp.where(present > 0, one.body + (one.head - found.head) / plan.pp, layer)
+    if batch.prefill is not None:
+        whole = step(small, Batch(prefill=batch.prefill, decode=None), none)
+        share = jnp.where(batch.prefill.requests > 0, present, 0.0)
+        prompts = {name: getattr(found, name) + share * getattr(whole, name) for name in BODY}
+    return replace(found, layer=layer, **prompts)
 
 
 def _scaled(seg: Segment, micro: Number) -> Segment:

@@ -197,6 +197,15 @@ class Precision:
 
 
 @pytree
+class Draft:
+    """A smaller model that drafts tokens for a larger one on the same GPUs; `tp` of them share it."""
+
+    architecture: Architecture
+    tp: Number
+    present: Number = 1.0  # 0: this plan of the batch has none (its own MTP modules draft, if any)
+
+
+@pytree
 class Plan:
     """How one replica is divided over GPUs: tp * attention_dp * cp * pp of them, a stage's as moe_ep * moe_tp too."""
 
@@ -216,6 +225,7 @@ class Plan:
     cp_method: Number | None = None  # index of CP_METHODS (None: cp = 1 throughout)
     dispatch: Number | None = None  # index of DISPATCHES (None: auto)
     eplb_replicas: Number | None = None  # redundant experts a layer over the whole expert group
+    draft: Draft | None = None  # a draft model of its own
 
 
 CP_METHODS = ("auto", "ulysses", "ring", "pass_kv", "pass_q")
@@ -238,6 +248,7 @@ class Load:
     # None where no load of the batch uses the feature
     draft_tokens: Number | None = None  # speculated tokens a step (MTP depth)
     static_batch: Number | None = None  # 1: one batch, prefilled together, then decoded together
+    stream_interval: Number | None = None  # tokens that an engine sends at a time, the first of them too
 
 
 def stack(trees: list[T]) -> T:
@@ -255,6 +266,7 @@ __all__ = [
     "Architecture",
     "Core",
     "Device",
+    "Draft",
     "FeedForward",
     "Gemm",
     "Indexer",

@@ -18,6 +18,7 @@ from dse.space.compile import CompiledSpace
 TILE = 65_536  # points a call: a few MiB of intermediates, whatever the space's size
 WIDEST = 1_024  # operating points of a tile
 OPEN_TILE = 4_096  # points a call under open load, which prices a plan at every node of its lengths
+SMALL, OPEN_SMALL = 4 * TILE, 2 * OPEN_TILE  # points that are priced before an optimised program would be compiled
 
 Progress = Callable[[int, int], None]  # points done, points in all
 
@@ -133,7 +134,7 @@ def sweep(
     front = RunningFront(margin=np.array(margins(space.objectives)), best=best)
     swept = Swept(front=front, passed=np.zeros(1 + len(space.constraints), np.int64))
     state = _State(space, tiling, swept)
-    kernel = compiled_tile(Questions.of(space), tiling.designs, tiling.points)
+    kernel = compiled_tile(Questions.of(space), tiling.designs, tiling.points, _small(space, tiling))
     table = jax.device_put(tables(space, coefficients, np.float32))
     total = sum(tiling.size(tile) for tile in tiles) if len(tiles) != len(tiling) else space.legal
     started = time.perf_counter()
@@ -149,6 +150,10 @@ def sweep(
     front.compact()
     swept.seconds = time.perf_counter() - started
     return swept
+
+
+def _small(space: CompiledSpace, tiling: Tiling) -> bool:
+    return tiling.rows * tiling.columns <= (SMALL if space.workloads.demand is None else OPEN_SMALL)
 
 
 def _in_flight(

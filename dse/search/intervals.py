@@ -13,7 +13,7 @@ import pandas as pd
 from dse.catalog.coefficients import LEVELS, CoefficientSet
 from dse.catalog.uncertainty import METRICS
 from dse.cost.coefficients import Coefficients
-from dse.search.kernel import Tables, design_at, scenario, tables
+from dse.search.kernel import Tables, rows_of, scenarios, tables
 from dse.space.compile import CompiledSpace
 from dse.space.intervals import COLUMNS, Known, half_widths
 from dse.space.tables import split
@@ -55,12 +55,13 @@ def with_intervals(
 def _gathered() -> Any:
     """Scenarios of (design, operating point, workload) triples: leaves (n,)."""
 
-    def one(t: Tables, row: Any, point: Any, kind: Any) -> Any:
-        load = jax.tree.map(lambda leaf: leaf[point], t.loads)
-        full = replace(load, isl=t.isl[kind], osl=t.osl[kind], prefix_hit=t.prefix_hit[kind])
-        return scenario(t, design_at(t, row), full)
+    def gather(t: Tables, rows: Array, points: Array, kinds: Array) -> Any:
+        load = rows_of(t.loads, points)
+        hit = load.prefix_hit if t.prefix_hit is None else t.prefix_hit[kinds]
+        load = replace(load, isl=t.isl[kinds], osl=t.osl[kinds], prefix_hit=hit)
+        return replace(scenarios(t, rows), load=load)
 
-    return jax.jit(jax.vmap(one, (None, 0, 0, 0)))
+    return jax.jit(gather)
 
 
 __all__ = ["with_intervals"]

@@ -20,12 +20,13 @@ from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Estimate, Scenario, estimate_open, estimate_sharded
 from dse.cost.goodput import Demand
 from dse.cost.shard import Sharded, shard
-from dse.cost.types import Architecture, Device, Load, Number, Plan, Precision, Topology, pytree
+from dse.cost.types import Architecture, Device, Draft, Load, Number, Plan, Precision, Topology, pytree
+from dse.programs import quick
 from dse.search.metrics import MARGIN, VALUE, WORST, margins, signed
 from dse.search.pareto import spread, staircase
 from dse.space.compile import CompiledSpace
 from dse.space.metrics import OPEN
-from dse.space.tables import plans
+from dse.space.tables import draft_rows, plans
 
 TRACES = {"tile": 0, "points": 0}  # a test counts them: one trace a sweep
 REFERENCES = 32  # front members a kernel compares with, three or more objectives (or one)
@@ -72,6 +73,7 @@ class Design:
     precision: Number
     utilisation: Number
     plan: Plan
+    draft: tuple[Number, Number, Number] | None  # row of the drafts, its TP, 1 where there is one
 
 
 @pytree
@@ -83,11 +85,12 @@ class Tables:
     topologies: Topology
     coefficients: Coefficients
     precisions: Precision
+    drafts: Architecture | None  # None where no design has a draft model
     designs: Design
     loads: Load  # (Q,), workload fields left 0
     isl: Number
     osl: Number
-    prefix_hit: Number
+    prefix_hit: Number | None  # None where it is an axis of the loads
     weights: Number
     demand: Demand | None  # None where no metric of an open loop is asked
     designs_count: Number
@@ -112,15 +115,15 @@ def tables(space: CompiledSpace, coefficients: Coefficients, dtype: Any) -> Tabl
         return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), tree)
 
     d, o, w, options = space.designs, space.operating, space.workloads, space.spec.options
-    everything = plans(space)
+    everything, drafts = plans(space), draft_rows(space)
     q = len(o)
     load = Load(
         isl=np.zeros(q),
         osl=np.zeros(q),
-        prefix_hit=np.zeros(q),
+        prefix_hit=o.prefix_hit,
         concurrency=o.concurrency,
         chunk=o.chunk,
-        acceptance=np.full(q, options.acceptance),
+        acceptance=o.acceptance,
         waves=np.full(q, options.waves),
         draft_tokens=o.draft_tokens if o.draft_tokens.any() else None,
         static_batch=o.static_batch if o.static_batch.any() else None,
@@ -132,17 +135,19 @@ def tables(space: CompiledSpace, coefficients: Coefficients, dtype: Any) -> Tabl
         topologies=real(space.topologies),
         coefficients=real(jax.tree.map(lambda leaf: np.broadcast_to(leaf, kinds), coefficients)),
         precisions=real(space.precisions),
+        drafts=None if space.drafts is None else real(space.drafts),
         designs=Design(
             model=d.model.astype(np.int32),
             machine=d.machine.astype(np.int32),
             precision=d.precision_index.astype(np.int32),
             utilisation=np.asarray(d.utilisation, dtype),
-            plan=real(replace(everything, precision=cast(Any, None))),  # design_at looks it up
+            plan=real(replace(everything, precision=cast(Any, None))),  # `scenarios` looks it up
+            draft=None if drafts is None else (drafts[0].astype(np.int32), *real(drafts[1:])),
         ),
         loads=real(load),
         isl=np.asarray(w.isl, dtype),
         osl=np.asarray(w.osl, dtype),
-        prefix_hit=np.asarray(w.prefix_hit, dtype),
+        prefix_hit=np.asarray(w.prefix_hit, dtype) if space.spec.axes.prefix_hit is None else None,
         weights=np.asarray(w.weight, dtype),
         demand=None if w.demand is None or not Questions.of(space).metrics & set(OPEN) else real(w.demand),
         designs_count=np.int32(len(d)),
@@ -172,42 +177,56 @@ def goals(space: CompiledSpace, dtype: Any, front: np.ndarray | None = None, thr
     return Goals(bounds=bounds, threshold=limit, references=padded, stairs=None, stairs_start=None, stairs_scale=None)
 
 
-def _at(table: Any, row: Number) -> Any:
-    return jax.tree.map(lambda leaf: leaf[row], table)
+def rows_of(table: Any, *index: Number) -> Any:
+    """Rows of every leaf by one or more integer vectors (n,), which index its leading axes and are all in range.
+
+    One gather a leaf, before any `vmap`: indexing leaf by leaf inside it traces for longer than the model.
+    """
+    where, d = jnp.stack(index, axis=-1), len(index)
+
+    def take(leaf: Number) -> Number:
+        dims = jax.lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(1, 1 + leaf.ndim - d)),
+            collapsed_slice_dims=tuple(range(d)),
+            start_index_map=tuple(range(d)),
+        )
+        sizes = (*[1] * d, *leaf.shape[d:])
+        return jax.lax.gather(leaf, where, dims, sizes, mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+    return jax.tree.map(take, table)
 
 
-def design_at(t: Tables, row: Number) -> Design:
-    """One design, its precision looked up."""
-    raw = _at(t.designs, row)
-    return replace(raw, plan=replace(raw.plan, precision=_at(t.precisions, raw.precision)))
-
-
-def scenario(t: Tables, design: Design, load: Load | None) -> Scenario:
-    """A design's row of every table."""
+def scenarios(t: Tables, rows: Number) -> Scenario:
+    """Designs (n,) with their row of every table: leaves (n,), the load left out."""
+    design = rows_of(t.designs, rows)
+    plan = replace(design.plan, precision=rows_of(t.precisions, design.precision))
+    if design.draft is not None:
+        row, tp, present = design.draft
+        plan = replace(plan, draft=Draft(architecture=rows_of(t.drafts, row), tp=tp, present=present))
+    coefficients = rows_of(t.coefficients, design.machine, design.model)
     return Scenario(
-        architecture=_at(t.architectures, design.model),
-        device=_at(t.devices, design.machine),
-        topology=_at(t.topologies, design.machine),
-        plan=design.plan,
-        load=load,  # type: ignore[arg-type]
-        coefficients=replace(_at(t.coefficients, (design.machine, design.model)), utilisation=design.utilisation),
+        architecture=rows_of(t.architectures, design.model),
+        device=rows_of(t.devices, design.machine),
+        topology=rows_of(t.topologies, design.machine),
+        plan=plan,
+        load=None,  # type: ignore[arg-type]
+        coefficients=replace(coefficients, utilisation=design.utilisation),
     )
 
 
-def shard_design(t: Tables, design: Design) -> Sharded:
-    x = scenario(t, design, None)
+def shard_scenario(x: Scenario) -> Sharded:
     return shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
 
 
-def price(t: Tables, design: Design, sharded: Sharded, load: Load, asked: Questions) -> Estimate:
+def price(t: Tables, x: Scenario, sharded: Sharded, load: Load, asked: Questions) -> Estimate:
     """Estimate of one design and operating point for every workload of the mix: leaves (W,)."""
 
-    def one(isl: Number, osl: Number, prefix_hit: Number, demand: Demand | None) -> Estimate:
-        full = replace(load, isl=isl, osl=osl, prefix_hit=prefix_hit)
-        x = scenario(t, design, full)
+    def one(isl: Number, osl: Number, prefix_hit: Number | None, demand: Demand | None) -> Estimate:
+        hit = load.prefix_hit if prefix_hit is None else prefix_hit
+        full = replace(x, load=replace(load, isl=isl, osl=osl, prefix_hit=hit))
         if demand is None:
-            return estimate_sharded(x, sharded)
-        return estimate_open(x, sharded, demand, best="goodput_req_s_gpu" in asked.metrics)
+            return estimate_sharded(full, sharded)
+        return estimate_open(full, sharded, demand, best="goodput_req_s_gpu" in asked.metrics)
 
     return jax.vmap(one)(t.isl, t.osl, t.prefix_hit, t.demand)
 
@@ -243,16 +262,15 @@ def tile_kernel(
     rows = first_design + jnp.arange(designs, dtype=jnp.int32)
     columns = first_point + jnp.arange(points, dtype=jnp.int32)
     inside = (rows < t.designs_count)[:, None] & (columns < t.loads_count)[None, :]
-    design = jax.vmap(partial(design_at, t))(jnp.minimum(rows, t.designs_count - 1))
-    load = _at(t.loads, jnp.minimum(columns, t.loads_count - 1))
-    sharded = jax.vmap(partial(shard_design, t))(design)
+    x = scenarios(t, jnp.minimum(rows, t.designs_count - 1))
+    load = rows_of(t.loads, jnp.minimum(columns, t.loads_count - 1))
     # Without the barriers XLA fuses a design's own numbers into each of its points, and the model into each output.
-    design, sharded = jax.lax.optimization_barrier((design, sharded))
+    x, sharded = jax.lax.optimization_barrier((x, jax.vmap(shard_scenario)(x)))
 
-    def point(d: Design, s: Sharded, one: Load) -> tuple[Number, Number]:
-        return judge(price(t, d, s, one, asked), t.weights, target.bounds, asked)
+    def point(x: Scenario, s: Sharded, one: Load) -> tuple[Number, Number]:
+        return judge(price(t, x, s, one, asked), t.weights, target.bounds, asked)
 
-    objectives, excess = jax.vmap(jax.vmap(point, (None, None, 0)), (0, 0, None))(design, sharded, load)
+    objectives, excess = jax.vmap(jax.vmap(point, (None, None, 0)), (0, 0, None))(x, sharded, load)
     objectives, excess = jax.lax.optimization_barrier((objectives, excess))
     return sift(objectives, excess, inside, target, asked)
 
@@ -303,20 +321,21 @@ def point_kernel(asked: Questions, t: Tables, rows: Number, columns: Number, bou
     """The same, point by point, for lists of designs and operating points: (Estimate, objectives, excess)."""
     TRACES["points"] += 1
 
-    def one(row: Number, column: Number) -> Any:
-        design = design_at(t, row)
-        estimate = price(t, design, shard_design(t, design), _at(t.loads, column), asked)
+    def one(x: Scenario, load: Load) -> Any:
+        estimate = price(t, x, shard_scenario(x), load, asked)
         objectives, excess = judge(estimate, t.weights, bounds, asked)
         return estimate, objectives, excess
 
-    return jax.vmap(one)(rows, columns)
+    return jax.vmap(one)(scenarios(t, rows), rows_of(t.loads, columns))
 
 
 @lru_cache(maxsize=32)
-def compiled_tile(asked: Questions, designs: int, points: int) -> Callable[..., Points]:
-    return jax.jit(partial(tile_kernel, asked, designs, points))
+def compiled_tile(asked: Questions, designs: int, points: int, small: bool = False) -> Callable[..., Points]:
+    """The kernel of a sweep. A small one is over before an optimised program would be compiled."""
+    kernel = partial(tile_kernel, asked, designs, points)
+    return quick(kernel) if small else jax.jit(kernel)
 
 
 @lru_cache(maxsize=32)
 def compiled_points(asked: Questions) -> Callable[..., Any]:
-    return jax.jit(partial(point_kernel, asked))
+    return quick(partial(point_kernel, asked))

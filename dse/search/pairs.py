@@ -14,7 +14,7 @@ from dse.cost.pool_queue import in_flight
 from dse.cost.pools import Delivered, delivered, journey
 from dse.cost.types import Load, Number, pytree
 from dse.errors import InputError
-from dse.search.kernel import Goals, Points, Questions, _at, sift
+from dse.search.kernel import Goals, Points, Questions, rows_of, sift
 from dse.search.metrics import VALUE, signed
 from dse.search.pool_workers import DecodeWorkers, PrefillWorkers
 from dse.space.pool_space import CompiledPools
@@ -88,8 +88,8 @@ def pair_kernel(asked: Questions, p: PrefillWorkers, d: DecodeWorkers, job: Job,
     rows = job.first[0] + jnp.arange(ROWS, dtype=jnp.int32)
     columns = job.first[1] + jnp.arange(COLUMNS, dtype=jnp.int32)
     inside = (rows < job.last[0])[:, None] & (columns < job.last[1])[None, :]
-    down = _at(p, jnp.minimum(rows, job.last[0] - 1))
-    across = _at(d, jnp.minimum(columns, job.last[1] - 1))
+    down = rows_of(p, jnp.minimum(rows, job.last[0] - 1))
+    across = rows_of(d, jnp.minimum(columns, job.last[1] - 1))
 
     def point(one: PrefillWorkers, other: DecodeWorkers) -> tuple[Number, Number]:
         found = meet(one, other, job)

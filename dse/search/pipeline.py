@@ -3,7 +3,8 @@
 At a given rate (requests/s) what a pool adds to a request does not depend on the other pools, but for the transfer
 between two of them. So TTFT, E2E, GPUs and USD are sums over pools, and pools are folded one after the other. Of
 partial pipelines with the same ends (machine, GPUs of a replica, cache format), one that is no better in any sum that
-is asked for can be on no front, whatever follows: it is left out (`prune`).
+is asked for can be on no front, whatever follows: it is left out (`prune`). Percentiles of TTFT are those of its
+cumulants, which are sums too (stages independent), and rise with each of them (`pipeline_tails`).
 """
 
 from __future__ import annotations
@@ -14,19 +15,27 @@ from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dse.cost.coefficients import Coefficients
-from dse.cost.pipeline import Batched, in_batch, pool_load, running
+from dse.cost.evaluate import Scenario
+from dse.cost.pipeline import Batched, Continuous, Load, Part, batched_part, pool_load, running, slowed
+from dse.cost.pipeline_open import Aggregated
+from dse.cost.pipeline_tails import Cumulants, of_wait
 from dse.cost.pools import link
+from dse.cost.types import replace
+from dse.search.pipeline_open import aggregated_at
 from dse.search.pipeline_stages import Priced, at_rows
+from dse.search.pipeline_tails import cumulants
 from dse.space.pipeline import DELAYS, PipelineSpec, StageSpec
 from dse.space.pipeline_compile import CompiledPipeline
 from dse.units import MS
 
 Array = np.ndarray
-SUMS = ("ttft", "total", "tpot", "gpus", "usd")  # of a (partial) pipeline: seconds, seconds, seconds, GPUs, USD an hour
+# Of a (partial) pipeline: TTFT (s), all waits and times (s), TPOT (s), cumulants of TTFT (s^2, s^3), GPUs, USD an hour
+SUMS = ("ttft", "total", "tpot", "variance", "third", "gpus", "usd")
+ADDED = 5  # of them depend on the rate
+TPOT, GPUS = SUMS.index("tpot"), SUMS.index("gpus")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,40 +49,59 @@ class Pool:
     usd: Array
     memory: Array  # bytes a GPU
     ends: Array  # (N, 3 + stages): machine, GPUs of a replica, bytes of a cached element, bytes each stage hands on
-    at: dict[str, Array]  # ttft, total, tpot, utilisation, stable, and a stage's wait and time: `wait encode`
+    at: dict[str, Array]  # the first of SUMS, utilisation, stable, and a stage's wait and time: `wait 0`
 
 
 # ------------------------------------------------------------------------------------------------- pools at rates
 
 
-def _pool_kernel(rate: Any, stages: tuple[Any, ...], shares: tuple[float, ...], replicas: Any) -> dict[str, Any]:
-    """What a pool adds to a request.
+def _load_kernel(rate: Any, stages: tuple[Batched, ...], replicas: Any) -> tuple[Load, Any]:
+    load = pool_load(rate, stages, replicas)
+    return load, slowed(load)
 
-    A continuous stage loses the time of the batched ones and waits for what they run; they wait out its iteration.
+
+def _pool_kernel(
+    rate: Any,
+    load: Load,
+    stages: tuple[Batched | Continuous | Part, ...],
+    shares: tuple[float, ...],
+    replicas: Any,
+) -> dict[str, Any]:
+    """What a pool adds to a request; of an aggregated language model its part is known.
+
+    It loses the time of the batched stages and waits for what they run; they wait out its iteration.
     """
-    load = pool_load(rate, tuple(s for s in stages if isinstance(s, Batched)), replicas)
-    lone = next((s for s in stages if not isinstance(s, Batched)), None)
-    run = None if lone is None else running(lone, rate, replicas, load.utilisation)
-    found = {"ttft": 0.0, "total": 0.0, "tpot": 0.0, "utilisation": load.utilisation, "stable": load.stable}
-    if run is not None:
-        found["tpot"] = run.tpot
-        found["utilisation"] = load.utilisation + run.utilisation * (1.0 - load.utilisation)
-        found["stable"] = load.stable & run.stable
-    filled = iter(load.filled)
-    for i, (s, share) in enumerate(zip(stages, shares, strict=True)):
+    lone = [s for s in stages if isinstance(s, Part)]
+    iteration = lone[0].tpot if lone else 0.0 * load.wait
+    found: dict[str, Any] = {"utilisation": load.utilisation, "stable": load.stable}
+    filled, parts = iter(load.filled), []
+    for s, share in zip(stages, shares, strict=True):
         if isinstance(s, Batched):
-            wait, (first, mean) = load.wait + 0.5 * found["tpot"], in_batch(s, next(filled))
+            parts.append(batched_part(s, load, next(filled), share, iteration))
+        elif isinstance(s, Part):
+            wait = s.wait + load.wait
+            before = of_wait(load.wait, load.delayed, load.scv)
+            parts.append(replace(s, wait=wait, total=s.total + s.calls * load.wait, ttft=s.ttft + before))
         else:
-            wait, first, mean = run.wait + load.wait, run.ttft, run.ttft  # type: ignore[union-attr]
-        found["ttft"] += share * (wait + first)
-        found["total"] += s.calls * (wait + mean)
-        found[f"wait {i}"], found[f"time {i}"] = wait, first
-    return found
+            run = running(s, rate, replicas)
+            found |= {"utilisation": run.utilisation, "stable": run.stable}
+            parts.append(run.part)
+    for i, part in enumerate(parts):
+        found[f"wait {i}"], found[f"time {i}"] = part.wait, part.first
+    ttft = sum((x.ttft for x in parts[1:]), start=parts[0].ttft)
+    total, tpot = sum(x.total for x in parts), sum(x.tpot for x in parts)
+    return found | {
+        "ttft": ttft.mean,
+        "total": total,
+        "tpot": tpot,
+        "variance": ttft.variance,
+        "third": ttft.third,
+    }
 
 
 @cache
-def _pool_compiled() -> Any:
-    return jax.jit(_pool_kernel, static_argnums=2)
+def _compiled(kernel: Any, static: int | None = None) -> Any:
+    return jax.jit(kernel, static_argnums=static)
 
 
 def pools_at(p: CompiledPipeline, c: Coefficients, priced: dict[str, Priced]) -> list[Pool]:
@@ -89,7 +117,8 @@ def _pool(p: CompiledPipeline, c: Coefficients, stages: tuple[StageSpec, ...], p
             of_place.setdefault(d.place, [[] for _ in stages])[i].append(row)
     chosen = np.array([x for rows in of_place.values() for x in itertools.product(*rows)], np.int64)
     first = [p.designs[owner.name][i] for i in chosen[:, 0]]
-    machine, lanes = np.array([d.machine for d in first]), np.array([d.tp * d.pp for d in first], float)
+    machine, lanes = np.array([d.machine for d in first]), np.array([d.gpus for d in first], float)
+    holders = np.array([d.holders for d in first], float)
     each = [x.held[chosen[:, i]] - (x.reserve[chosen[:, i]] if i else 0.0) for i, x in enumerate(priced)]
     held = np.sum(each, axis=0)
     if owner.host is not None:
@@ -103,22 +132,59 @@ def _pool(p: CompiledPipeline, c: Coefficients, stages: tuple[StageSpec, ...], p
     design = chosen[row]
     cached = np.max([x.cache[design[:, i]] for i, x in enumerate(priced)], axis=0)
     handed = [x.handed[design[:, i]] for i, x in enumerate(priced)]
-    ends = np.stack([machine[row], lanes[row], cached, *handed], axis=1)
-    leaves = tuple(at_rows(x.times, design[:, i]) for i, x in enumerate(priced))
-    shares = tuple(p.kinds[s.name].share for s in stages)
-    rates = np.array(p.spec.rates)[:, None]
-    at = {
-        k: np.broadcast_to(np.asarray(v), (len(rates), len(row))) for k, v in _at_rates(rates, leaves, shares, copies)
-    }
+    ends = np.stack([machine[row], holders[row], cached, *handed], axis=1)
+    at = _at_rates(p, stages, [at_rows(x.times, design[:, i]) for i, x in enumerate(priced)], priced, design, copies)
     usd = price_of[row] * lanes[row] * copies
     return Pool(stages, design, copies, gpus[row] * copies, usd, held[row], ends, at)
 
 
-def _at_rates(rates: Array, leaves: Any, shares: tuple[float, ...], copies: Array) -> Any:
+def _at_rates(
+    p: CompiledPipeline,
+    stages: tuple[StageSpec, ...],
+    times: list[Any],
+    priced: list[Priced],
+    design: Array,
+    copies: Array,
+) -> dict[str, Array]:
+    """Every option at every rate, (R, N)."""
+    shape = len(p.spec.rates), len(copies)
     if not len(copies):
-        names = ("ttft", "total", "tpot", "utilisation", "stable")
-        return [(name, np.zeros((len(rates), 0))) for name in names]
-    return [(k, v) for k, v in _pool_compiled()(jnp.asarray(rates), leaves, shares, copies).items()]
+        return {name: np.zeros(shape) for name in (*SUMS[:ADDED], "utilisation", "stable")}
+    rates = np.array(p.spec.rates)[:, None]
+    batched = tuple(x for x in times if isinstance(x, Batched))
+    load, slower = jax.tree.map(
+        lambda x: np.broadcast_to(np.asarray(x), shape), _compiled(_load_kernel)(rates, batched, copies)
+    )
+    known: dict[str, Array] = {}
+    for i, (s, x) in enumerate(zip(stages, priced, strict=True)):
+        if isinstance(x.times, Scenario):
+            calls = p.kinds[s.name].calls
+            each = rates * calls / copies * slower
+            found = aggregated_at(p, x.times, s.name, design[:, i], each)
+            times[i] = _part(found, slower, calls)
+            beside = np.asarray(load.utilisation)
+            known = {
+                "utilisation": beside + (1.0 - beside) * each / found.capacity,
+                "stable": found.stable & np.asarray(load.stable),
+            }
+    shares = tuple(p.kinds[s.name].share for s in stages)
+    at = _compiled(_pool_kernel, 3)(rates, load, tuple(times), shares, copies)
+    return {k: np.broadcast_to(np.asarray(v), shape) for k, v in {**at, **known}.items()}
+
+
+def _part(x: Aggregated, slower: Array, calls: float) -> Part:
+    """Of an aggregated language model, all of it `slower` by what shares its pool."""
+    mean, p90, p99 = (np.asarray(t) * slower for t in (x.first, x.first_p90, x.first_p99))
+    variance, third = cumulants(mean, p90, p99)
+    wait = np.asarray(x.wait) * slower
+    return Part(
+        wait=wait,
+        first=mean - wait,
+        total=calls * np.asarray(x.ttft) * slower,
+        ttft=Cumulants(mean=mean, variance=variance, third=third),
+        calls=calls,
+        tpot=np.asarray(x.tpot) * slower,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ pools together
@@ -185,7 +251,8 @@ def asked(spec: PipelineSpec) -> tuple[int, ...]:
     names = {name for name, _ in spec.objectives} | set(spec.constraints)
     needs = {"gpus"}
     needs |= {"usd"} if names & {"usd_per_request", "usd_per_mtok"} else set()
-    needs |= {"ttft"} if "ttft_ms" in names else set()
+    needs |= {"ttft"} if names & {"ttft_ms", "ttft_p90_ms", "ttft_p99_ms"} else set()
+    needs |= {"variance", "third"} if names & {"ttft_p90_ms", "ttft_p99_ms"} else set()
     needs |= {"tpot"} if names & {"tpot_ms", "e2e_ms"} else set()
     needs |= {"total"} if "e2e_ms" in names else set()
     return tuple(i for i, name in enumerate(SUMS) if name in needs)
@@ -205,7 +272,7 @@ def _best(values: Array, dims: tuple[int, ...]) -> Array:
 
 @dataclass(frozen=True)
 class Met:
-    """Whole pipelines at one rate: options by pool (n, pools), and their SUMS (n, 5)."""
+    """Whole pipelines at one rate: options by pool (n, pools), and their SUMS (n, 7)."""
 
     options: Array
     sums: Array
@@ -221,7 +288,9 @@ def meet(
     partial: list[tuple[Array, Array]] = [(np.zeros((1, 0), np.int64), start)]  # alike in their ends
     for i, pool in enumerate(pools):
         stable = np.flatnonzero(pool.at["stable"][r])
-        adds = np.stack([*(pool.at[name][r, stable] for name in SUMS[:3]), pool.gpus[stable], pool.usd[stable]], axis=1)
+        adds = np.stack(
+            [*(pool.at[name][r, stable] for name in SUMS[:ADDED]), pool.gpus[stable], pool.usd[stable]], axis=1
+        )
         groups: dict[Any, tuple[Array, Array]] = {}
         alike, of = np.unique(pool.ends[stable], axis=0, return_inverse=True)
         for (options, sums), e in itertools.product(partial, range(len(alike))):
@@ -232,9 +301,9 @@ def meet(
                 continue
             total = (sums[:, None] + adds[members][None]).reshape(-1, len(SUMS))
             total[:, :2] += more
-            total[:, 2] = np.maximum(sums[:, None, 2], adds[members][None, :, 2]).ravel()
+            total[:, TPOT] = np.maximum(sums[:, None, TPOT], adds[members][None, :, TPOT]).ravel()
             names = np.column_stack([np.repeat(options, len(members), 0), np.tile(stable[members], len(options))])
-            keep = total[:, 3] <= p.spec.gpus
+            keep = total[:, GPUS] <= p.spec.gpus
             key = _open_ends(pools, names[0], i, joins)
             a, b = groups.get(key, (names[:0], total[:0]))
             groups[key] = np.concatenate([a, names[keep]]), np.concatenate([b, total[keep]])

@@ -24,8 +24,9 @@ from dse.search.metrics import signed
 from dse.search.pareto import front
 from dse.search.pipeline import Met, Pool, edges, lines, meet, pools_at, transfer
 from dse.search.pipeline_stages import Priced, price
+from dse.search.pipeline_tails import percentile
 from dse.search.result import Binding, SearchResult
-from dse.space.pipeline import DELAYS, PipelineSpec
+from dse.space.pipeline import DELAYS, LARGE_MODELS, PipelineSpec, StageSpec
 from dse.space.pipeline_compile import CompiledPipeline, Design, compile_pipeline
 from dse.units import GIB, HOUR, MS
 
@@ -47,7 +48,7 @@ def search_pipeline(
     started = time.perf_counter()
     with jax.enable_x64(True):
         p = compile_pipeline(spec)
-        c = _coefficients(p, coefficients)
+        c = coefficients_of(p, coefficients)
         priced = price(p, c)
         pools, ways = pools_at(p, c, priced), lines(p, c)
         met = [meet(p, pools, r, ways, prune) for r in range(len(spec.rates))]
@@ -58,7 +59,7 @@ def search_pipeline(
     return replace(result, run={**result.run, "coefficients": name})
 
 
-def _coefficients(p: CompiledPipeline, coefficients: CoefficientSet | Coefficients | None) -> Coefficients:
+def coefficients_of(p: CompiledPipeline, coefficients: CoefficientSet | Coefficients | None) -> Coefficients:
     """Of every machine with every model, leaves (machines, models); of hosts alone none are asked."""
     if isinstance(coefficients, Coefficients):
         one = replace(coefficients, prefill_priority=None)
@@ -103,7 +104,7 @@ def frame(
     """One row a pipeline: what it delivers, then each stage's plan and part. `rates` (n,) rows of the spec's."""
     spec, osl, turns = p.spec, p.spec.request.osl, p.spec.loop.turns
     rate = np.array(spec.rates)[rates]
-    ttft, total, tpot, gpus, usd = sums.T
+    ttft, total, tpot, variance, third, gpus, usd = sums.T
     tokens = rate * turns * osl
     n = np.arange(len(options))
     columns: dict[str, Any] = {
@@ -116,6 +117,7 @@ def frame(
         "capacity_requests_s": np.full(len(options), np.inf),
         "bottleneck": "",
         "ttft_ms": ttft / MS,
+        **{f"ttft_p{q:.0f}_ms": percentile(q / 100, ttft, variance, third) / MS for q in (50, 90, 99)},
         "tpot_ms": tpot / MS,
         "e2e_ms": (total + turns * max(osl - 1.0, 0.0) * tpot) / MS,
         "requests_s_gpu": rate / gpus,
@@ -141,8 +143,8 @@ def frame(
             machines = [p.machines[d.machine] if d.machine >= 0 else None for d in designs]
             own = {
                 "gpu": [m.gpu.name if m else "host" for m in machines],
-                "tp": [d.tp for d in designs],
-                "pp": [d.pp for d in designs],
+                "tp": [d.degree for d in designs],
+                **{name: [getattr(d, name) for d in designs] for name in _degrees(s)},
                 "replicas": pool.replicas[chosen].astype(int),
                 "gpus": pool.gpus[chosen].astype(int) if k == 0 else np.zeros(len(n), int),
                 "weights": [_format(p, s.name, d)[0] for d in designs],
@@ -157,7 +159,7 @@ def frame(
             if k == 0:
                 gpu.append(own["gpu"])
                 cluster.append([m.cluster.name if m else "" for m in machines])
-            texts.append([_text(s.name, d, int(r), k > 0) for d, r in zip(designs, pool.replicas[chosen], strict=True)])
+            texts.append([_text(s, d, int(r), k > 0) for d, r in zip(designs, pool.replicas[chosen], strict=True)])
     for e in edges(p):
         ends = [pools[q].ends[options[:, q]] for q in (e.source, e.target)]
         columns[f"{e.stage}_transfer_ms"] = [transfer(e, ways, a, b) / MS for a, b in zip(*ends, strict=True)]
@@ -175,11 +177,21 @@ def _format(p: CompiledPipeline, stage: str, d: Design) -> tuple[str, str, str]:
     return served_formats(p.entries[p.entry_of[stage]], device, d.weights, d.kv)
 
 
-def _text(name: str, d: Design, replicas: int, shares: bool) -> str:
+def _degrees(s: StageSpec) -> tuple[str, ...]:
+    """The axes beside tp that a stage of this kind has."""
+    if s.kind == "retrieval":
+        return ("pp",)
+    return ("pp", "attention_dp", "cp", "ep") if s.kind in LARGE_MODELS else ("pp", "spread")
+
+
+def _text(s: StageSpec, d: Design, replicas: int, shares: bool) -> str:
     """`prefill 2 x tp 4 fp8 batch 2`; a stage that shares a pool has its batch alone."""
-    plan = f" tp {d.tp}" + (f" pp {d.pp}" if d.pp > 1 else "")
-    place = " in it" if shares else f" {replicas} x{plan}"
-    return f"{name}{place}" + (f" {d.weights}" if d.weights not in ("", "native") else "") + f" batch {d.batch}"
+    own = {name: getattr(d, name) for name in _degrees(s) if getattr(d, name) > 1}
+    if shares:
+        own = {name: n for name, n in (("tp", d.own), ("ep", d.ep)) if n > (name == "ep")}
+    degrees = "".join(f" {name} {n}" for name, n in own.items())
+    place = f" in it{degrees}" if shares else f" {replicas} x tp {d.tp}{degrees}"
+    return f"{s.name}{place}" + (f" {d.weights}" if d.weights not in ("", "native") else "") + f" batch {d.batch}"
 
 
 # --------------------------------------------------------------------------------------------------- the result
@@ -274,4 +286,4 @@ def _excess(value: Array, op: str, bound: float) -> Array:
     return np.asarray(over / np.where(np.asarray(unit) > 0, unit, 1.0))
 
 
-__all__ = ["frame", "search_pipeline"]
+__all__ = ["coefficients_of", "frame", "search_pipeline"]

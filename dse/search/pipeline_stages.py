@@ -1,4 +1,7 @@
-"""Every plan of every stage of a pipeline, priced by itself: all jobs in one vectorised call, decode in another."""
+"""Every plan of every stage of a pipeline, priced by itself: all jobs in one vectorised call, decode in another.
+
+Aggregated language models depend on the rate; `pipeline_open` prices them.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,31 @@ import jax
 import numpy as np
 
 from dse.cost.coefficients import Coefficients
-from dse.cost.evaluate import Scenario, estimate_one
+from dse.cost.evaluate import Scenario
+from dse.cost.lengths import NODES
 from dse.cost.memory import kv_bytes, memory
 from dse.cost.pipeline import Batched, Continuous, Job, batched, decode_time, job_times, scan_time
 from dse.cost.types import Load, Plan, replace
-from dse.space.pipeline import DELAYS, StageSpec
-from dse.space.pipeline_compile import CompiledPipeline, Kinds
+from dse.space.pipeline import DELAYS, LARGE_MODELS, StageSpec
+from dse.space.pipeline_calls import Kinds, contexts
+from dse.space.pipeline_compile import CompiledPipeline
 from dse.units import GB, MS
 
 Array = np.ndarray
 KNOTS = 6  # numbers of running calls at which a continuous stage is priced
+CONTEXTS = 6  # and contexts
 WAVES = 1e9  # requests a client: no first wave, the load is open
+SURE = 2.0  # standard deviations of the cache that all seats hold, beyond its mean
 
 
 @dataclass(frozen=True, eq=False)
 class Priced:
-    """A stage's designs, leaves (D,): times, bytes a GPU (`held`; `reserve` of them once a GPU), what is handed on."""
+    """A stage's designs, leaves (D,): times, bytes a GPU (`held`; `reserve` of them once a GPU), what is handed on.
 
-    times: Batched | Continuous
+    `times`: of an aggregated language model its scenarios, to be priced at a rate.
+    """
+
+    times: Batched | Continuous | Scenario
     held: Array
     reserve: Array
     handed: Array  # bytes that a call sends to the next stage
@@ -79,25 +89,33 @@ def price(p: CompiledPipeline, c: Coefficients) -> dict[str, Priced]:
     for s in stages:
         if s.kind == "retrieval":
             found[s.name] = _retrieval(p, c, s)
-        elif s.kind in ("decode", "llm"):
-            found[s.name] = _continuous(p, c, s)
+        elif s.kind == "decode":
+            found[s.name] = _decode(p, c, s)
+        elif s.kind == "llm":
+            found[s.name] = _aggregated(p, c, s)
     return found
 
 
 def _jobs(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Job:
-    """Rows: (alone, full batch) x designs x kinds."""
+    """Rows: (alone, full batch) x designs x kinds. Of an encoder's copies the one that has most sequences."""
     k = p.kinds[s.name]
     count, width = len(p.designs[s.name]), len(k.tokens)
     index = np.tile(np.repeat(np.arange(count), width), 2)
     batch = np.array([d.batch for d in p.designs[s.name]], float)
     many = np.concatenate([np.ones(count * width), np.repeat(batch, width)])
+    sequences = np.tile(k.sequences, 2 * count) * many
     return Job(
         **_machine_parts(p, c, s.name, index),
-        sequences=np.tile(k.sequences, 2 * count) * many,
+        sequences=_dealt(s, sequences, np.array([d.copies for d in p.designs[s.name]], float)[index]),
         tokens=np.tile(k.tokens, 2 * count),
         cached=np.tile(k.cached, 2 * count),
         bidirectional=np.full(len(index), 1.0 if s.kind == "encoder" else 0.0),
     )
+
+
+def _dealt(s: StageSpec, sequences: Array, copies: Array) -> Array:
+    """Sequences of a copy of an encoder. (A language model deals its calls over its ranks itself.)"""
+    return sequences if s.kind in LARGE_MODELS else np.maximum(sequences / copies, np.minimum(sequences, 1.0))
 
 
 def _of_jobs(p: CompiledPipeline, c: Coefficients, s: StageSpec, through: Array, occupied: Array) -> Priced:
@@ -142,29 +160,34 @@ def _retrieval(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:
     return Priced(jax.tree.map(np.asarray, times), held, nothing, nothing, nothing)
 
 
-def _continuous(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:
-    """Rows: designs x numbers of running calls. At the mean context of all turns, which a decode step is linear in."""
+def _decode(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:
+    """Rows: designs x numbers of running calls x contexts (of all turns): a step is the mean over its calls'."""
     k, designs, r = p.kinds[s.name], p.designs[s.name], p.spec.request
-    index = np.repeat(np.arange(len(designs)), KNOTS)
+    prompt, weight = contexts(k, CONTEXTS)
     batch = np.array([d.batch for d in designs], float)
     alive = batch[:, None] ** np.linspace(0.0, 1.0, KNOTS)
-    x = Scenario(**_machine_parts(p, c, s.name, index), load=_load(s, k, r.osl, alive.ravel()))
-    after = max(r.osl - 1.0, 1e-3)
-    if s.kind == "decode":
-        tpot = np.asarray(_each(decode_time, x)).reshape(alive.shape)
-        ttft, stay = np.zeros_like(tpot), after * tpot
-    else:
-        e = _each(estimate_one, x)
-        ttft, tpot, stay = (np.asarray(v).reshape(alive.shape) for v in (e.ttft, e.tpot, e.e2e))
+    index = np.repeat(np.arange(len(designs)), KNOTS * len(prompt))
+    load = _load(s, k, r.osl, np.repeat(alive.ravel(), len(prompt)))
+    load = replace(load, isl=np.tile(prompt, alive.size))
+    x = Scenario(**_machine_parts(p, c, s.name, index), load=load)
+    tpot = np.asarray(_each(decode_time, x)).reshape(*alive.shape, len(prompt)) @ weight
+    stay = max(r.osl - 1.0, 1e-3) * tpot
     times = Continuous(
         rate=np.maximum.accumulate(alive / stay, axis=1),
-        ttft=ttft,
         tpot=tpot,
         seats=batch,
         scv=np.full(len(designs), r.osl_cv**2),
         calls=np.full(len(designs), k.calls),
     )
     return _priced(p, c, s, times, k)
+
+
+def _aggregated(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:
+    """`load.concurrency`: seats of a replica."""
+    k, designs = p.kinds[s.name], p.designs[s.name]
+    batch = np.array([d.batch for d in designs], float)
+    load = _load(s, k, p.spec.request.osl, batch)
+    return _priced(p, c, s, Scenario(**_machine_parts(p, c, s.name, np.arange(len(designs))), load=load), k)
 
 
 def _load(s: StageSpec, k: Kinds, osl: float, requests: Array) -> Load:
@@ -182,37 +205,57 @@ def _load(s: StageSpec, k: Kinds, osl: float, requests: Array) -> Load:
     )
 
 
-def _priced(p: CompiledPipeline, c: Coefficients, s: StageSpec, times: Batched | Continuous, k: Kinds) -> Priced:
-    """With memory: a batch of the longest kind (batched), or all seats at the mean context (continuous)."""
+def _priced(
+    p: CompiledPipeline, c: Coefficients, s: StageSpec, times: Batched | Continuous | Scenario, k: Kinds
+) -> Priced:
+    """With memory: a batch of the longest kind (batched), or all seats (decode, aggregated)."""
     designs = p.designs[s.name]
-    index = np.arange(len(designs))
-    parts = _machine_parts(p, c, s.name, index)
+    parts = _machine_parts(p, c, s.name, np.arange(len(designs)))
     batch = np.array([d.batch for d in designs], float)
-    if isinstance(times, Continuous):
-        load = _load(s, k, p.spec.request.osl, batch)
-    else:
+    one = np.ones_like(batch)
+    arch, plan = parts["architecture"], parts["plan"]
+    if isinstance(times, Batched):
         longest = int(np.argmax(k.sequences * k.prompt))
-        full = np.ones_like(batch)
+        sequences = _dealt(s, batch * k.sequences[longest], np.array([d.copies for d in designs], float))
         load = replace(
-            _load(s, k, 0.0, batch * k.sequences[longest]),
-            isl=float(k.prompt[longest]) * full,
-            prefix_hit=float(k.cached[longest] / k.prompt[longest]) * full,
-            chunk=1e12 * full,
+            _load(s, k, 0.0, sequences),
+            isl=float(k.prompt[longest]) * one,
+            prefix_hit=float(k.cached[longest] / k.prompt[longest]) * one,
+            chunk=1e12 * one,
         )
-    m = _each(memory, parts["architecture"], parts["device"], parts["plan"], load, parts["coefficients"])
+    else:
+        load = _load(s, k, p.spec.request.osl, batch)
+    m = _each(memory, arch, parts["device"], plan, load, parts["coefficients"])
+    held = np.asarray(m.total)
+    if not isinstance(times, Batched):
+        held = held - np.asarray(m.kv) + _seated(parts, load, k)
     handed, cache_bytes = np.zeros(len(designs)), np.zeros(len(designs))
-    plan: Plan = parts["plan"]
     if s.kind in ("prefill", "decode"):
         cache_bytes = np.asarray(plan.precision.kv_bytes, float)
     following = [x for x in p.spec.pipeline[p.spec.pipeline.index(s) + 1 :] if x.name in p.entry_of]
     if s.transfer_bytes is not None:
         handed = np.full(len(designs), s.transfer_bytes * k.output)
     elif s.kind == "prefill":
-        whole = replace(plan, tp=np.ones_like(batch), pp=np.ones_like(batch))
-        handed = np.asarray(_each(kv_bytes, parts["architecture"], whole, np.full(len(designs), k.output)))
+        handed = np.asarray(_each(kv_bytes, arch, replace(plan, tp=one, pp=one, cp=one), k.output * one))
     elif s.kind == "encoder" and following:
         handed = np.full(len(designs), 2.0 * p.entries[p.entry_of[following[0].name]].hidden * k.output)
-    return Priced(times, np.asarray(m.total), np.asarray(m.reserve), handed, cache_bytes)
+    return Priced(times, held, np.asarray(m.reserve), handed, cache_bytes)
+
+
+def _seated(parts: dict[str, Any], load: Load, k: Kinds) -> Array:
+    """Bytes of cache that the seats of a rank hold of answered contexts: n mean + 2 sqrt(n) deviations of one's."""
+    plan: Plan = parts["plan"]
+    prompt, weight = contexts(k, NODES)
+    count = len(np.asarray(plan.tp))
+    index = np.repeat(np.arange(count), len(prompt))
+    reserved = np.asarray(parts["coefficients"].reserved_output)[index] * np.asarray(load.osl)[index]
+    length = np.tile(prompt, count) + reserved
+    each = np.asarray(_each(kv_bytes, at_rows(parts["architecture"], index), at_rows(plan, index), length))
+    each = each.reshape(count, len(prompt))
+    mean = each @ weight
+    deviation = np.sqrt(np.maximum((each - mean[:, None]) ** 2 @ weight, 0.0))
+    seats = np.maximum(np.asarray(load.concurrency) / np.asarray(plan.attention_dp), 1.0)
+    return seats * mean + SURE * np.sqrt(seats) * deviation
 
 
 __all__ = ["Priced", "at_rows", "price"]

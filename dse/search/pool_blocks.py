@@ -14,7 +14,7 @@ from dse.cost.coefficients import Coefficients
 from dse.cost.collectives import Line
 from dse.cost.pools import layer_count, link
 from dse.cost.types import Load, Topology
-from dse.search.kernel import Tables, _at
+from dse.search.kernel import Tables
 from dse.search.pairs import COLUMNS, ROWS, Job
 from dse.search.pool_workers import (
     DecodeWorkers,
@@ -138,6 +138,16 @@ def _ratios(pools: CompiledPools, a: Key, b: Key) -> list[int]:
     return [r for r, (p, d) in enumerate(pools.ratios) if a[2] == b[2] and p * a[1] + d * b[1] <= pools.budget]
 
 
+def cached_layers(t: tuple[Tables, Tables]) -> float:
+    """Layers whose cache travels: of the one model that pools serve."""
+    return float(compiled(layer_count)(_row(t[1].architectures, 0)))
+
+
+def _row(table: Any, index: Any) -> Any:
+    """Rows of a table, on the host."""
+    return jax.tree.map(lambda leaf: leaf[index], table)
+
+
 def _line_kernel(
     ends: tuple[Topology, Topology], c: tuple[Coefficients, Coefficients], gpus: Any, apart: Any, free: Any
 ) -> Line:
@@ -150,8 +160,8 @@ def lines_between(
     """(fixed, a byte) of the way between two machines for a deployment's GPUs, each asked for once."""
     distinct = list(dict.fromkeys(wanted))
     a, b, gpus, apart, free = (np.array(x) for x in zip(*distinct, strict=True))
-    ends = (_at(t[0].topologies, a), _at(t[1].topologies, b))
-    c = (_at(t[0].coefficients, (a, 0)), _at(t[1].coefficients, (b, 0)))  # what a link costs is no model's
+    ends = (_row(t[0].topologies, a), _row(t[1].topologies, b))
+    c = (_row(t[0].coefficients, (a, 0)), _row(t[1].coefficients, (b, 0)))  # what a link costs is no model's
     found = compiled(_line_kernel)(ends, c, gpus * 1.0, apart * 1.0, free * 1.0)
     known = dict(
         zip(
@@ -183,7 +193,7 @@ def jobs(pools: CompiledPools, table: Table, t: tuple[Tables, Tables]) -> list[t
         for a, b, r, k in plan
     ]
     load = Load(isl=float(t[1].isl[0]), osl=float(t[1].osl[0]), concurrency=0.0, chunk=0.0)
-    layers = float(layer_count(_at(t[1].architectures, 0)))
+    layers = cached_layers(t)
     found = []
     for (a, b, r, k), (fixed, per_byte) in zip(plan, lines_between(t, wanted), strict=True):
         for row in range(a[1], a[2], ROWS):
@@ -201,4 +211,4 @@ def jobs(pools: CompiledPools, table: Table, t: tuple[Tables, Tables]) -> list[t
     return found
 
 
-__all__ = ["Table", "arrange", "jobs", "lines_between"]
+__all__ = ["Table", "arrange", "cached_layers", "jobs", "lines_between"]

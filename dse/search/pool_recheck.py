@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,12 +11,12 @@ import pandas as pd
 
 from dse.cost.coefficients import Coefficients
 from dse.cost.collectives import Line
-from dse.cost.pools import Split, SplitEstimate, Transfer, estimate_split_one, layer_count
+from dse.cost.pools import Split, SplitEstimate, Transfer, estimate_split_one
 from dse.cost.types import Load, Number
-from dse.search.kernel import Questions, Tables, _at, design_at, scenario, tables
+from dse.search.kernel import Questions, Tables, rows_of, scenarios, tables
 from dse.search.metrics import signed
 from dse.search.pairs import Job, Paired, meet, questions, value_of
-from dse.search.pool_blocks import Table, arrange, lines_between
+from dse.search.pool_blocks import Table, arrange, cached_layers, lines_between
 from dse.search.pool_workers import DecodeWorkers, PrefillWorkers, compiled, experts_side, loaded
 from dse.space.pool_space import CompiledPools, describe_pairs, unravel
 from dse.space.pools import split_columns
@@ -34,26 +34,22 @@ def _exact_kernel(
     experts: tuple[Number, Number] | None,
 ) -> SplitEstimate:
     """Pairs as `dse estimate` prices them, by their requests in flight."""
-
-    def one(points: Any, users: Number, workers: Any, transfer: Transfer, apart: Number, experts: Any) -> SplitEstimate:
-        sides = []
-        for table, (row, column) in zip(t, points, strict=True):
-            load = replace(loaded(table, _at(table.loads, column)), concurrency=users)
-            sides.append(scenario(table, design_at(table, row), load))
-        return estimate_split_one(
-            Split(
-                prefill=sides[0],
-                decode=sides[1],
-                prefill_workers=workers[0],
-                decode_workers=workers[1],
-                transfer=transfer,
-                ffn=None if experts is None else experts_side(sides[1], experts[0]),
-                micro_batches=None if experts is None else experts[1],
-                apart=apart,
-            )
+    sides = []
+    for table, (rows, columns) in zip(t, points, strict=True):
+        load = jax.vmap(partial(loaded, table))(rows_of(table.loads, columns))
+        sides.append(replace(scenarios(table, rows), load=replace(load, concurrency=users)))
+    return jax.vmap(estimate_split_one)(
+        Split(
+            prefill=sides[0],
+            decode=sides[1],
+            prefill_workers=workers[0],
+            decode_workers=workers[1],
+            transfer=transfer,
+            ffn=None if experts is None else experts_side(sides[1], experts[0]),
+            micro_batches=None if experts is None else experts[1],
+            apart=apart,
         )
-
-    return jax.vmap(one)(points, users, workers, transfer, apart, experts)
+    )
 
 
 def _users_kernel(p: PrefillWorkers, d: DecodeWorkers, job: Job) -> Paired:
@@ -146,7 +142,7 @@ def _users(
         workers=(workers[:, 0], workers[:, 1]),
         line=Line(fixed=fixed, per_byte=per_byte),
         layerwise=np.array([float(name == "layerwise") for name in names]),
-        layers=n * float(layer_count(_at(t[1].architectures, 0))),
+        layers=n * cached_layers(t),
         load=Load(isl=n * t[1].isl[0], osl=n * t[1].osl[0], concurrency=n, chunk=n),
     )
     size = max(16, 1 << (len(n) - 1).bit_length())

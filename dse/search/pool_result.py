@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from dse.search.pareto import distinct, front
 from dse.search.pool_recheck import recheck_flat
 from dse.search.pools import Met, pair_all
 from dse.search.recheck import _rounded
-from dse.search.result import Binding, SearchResult
+from dse.search.result import Binding, SearchResult, provenance
 from dse.space.pool_space import CompiledPools
 
 SPLIT, WHOLE = "disaggregated", "aggregated"
@@ -77,10 +75,7 @@ def _result(
         least=least,
         binding=binding,
         run={
-            "space": pools.spec.model_dump(mode="json"),
-            "seed": None,
-            "versions": {name: version(name) for name in ("dse", "jax", "numpy", "optuna", "moocore")},
-            "python": platform.python_version(),
+            **provenance(pools.spec.model_dump(mode="json"), seed=None),
             SPLIT: {"pairs": met.pairs, "seconds": round(met.seconds, 3)},
         },
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -14,9 +14,11 @@ import numpy as np
 from dse.cost.afd import AttentionFfn, estimate_attention_ffn_one
 from dse.cost.evaluate import Scenario
 from dse.cost.pool_steps import decode_memory, decode_rate, decode_times, fuller, prefill_memory, prefill_times
-from dse.cost.pools import Receiver, Sender, receiver, sender
+from dse.cost.pools import Receiver, Sender, burdens, receiver, sender
+from dse.cost.shard import Sharded
 from dse.cost.types import Load, Number, pytree
-from dse.search.kernel import Tables, design_at, scenario, shard_design
+from dse.programs import quick
+from dse.search.kernel import Tables, scenarios, shard_scenario
 
 PRICED = 16_384  # points of a pool a call
 
@@ -43,30 +45,31 @@ class DecodeWorkers:
 
 
 def loaded(t: Tables, load: Load) -> Load:
-    return replace(load, isl=t.isl[0], osl=t.osl[0], prefix_hit=t.prefix_hit[0])
+    hit = load.prefix_hit if t.prefix_hit is None else t.prefix_hit[0]
+    return replace(load, isl=t.isl[0], osl=t.osl[0], prefix_hit=hit)
 
 
 def prefill_kernel(t: Tables, rows: Number) -> PrefillWorkers:
     """Designs of the pool under every chunk: leaves (rows, Q)."""
-    design = jax.vmap(partial(design_at, t))(rows)
-    sharded = jax.lax.optimization_barrier(jax.vmap(partial(shard_design, t))(design))
+    x = scenarios(t, rows)
+    sharded = jax.lax.optimization_barrier(jax.vmap(shard_scenario)(x))
 
-    def point(d: Any, s: Any, load: Load) -> PrefillWorkers:
-        x = scenario(t, d, loaded(t, load))
+    def point(x: Scenario, s: Sharded, load: Load) -> PrefillWorkers:
+        x = replace(x, load=loaded(t, load))
         memory = prefill_memory(x)
         side = sender(x, prefill_times(s, x.load))
         return PrefillWorkers(side=side, memory=memory.total, excess=memory.total / memory.usable - 1.0)
 
-    return jax.vmap(jax.vmap(point, (None, None, 0)), (0, 0, None))(design, sharded, t.loads)
+    return jax.vmap(jax.vmap(point, (None, None, 0)), (0, 0, None))(x, sharded, t.loads)
 
 
 def decode_kernel(t: Tables, rows: Number) -> DecodeWorkers:
     """Designs of the pool under every number of running requests (and drafted tokens): leaves (rows, Q)."""
-    design = jax.vmap(partial(design_at, t))(rows)
-    sharded = jax.lax.optimization_barrier(jax.vmap(partial(shard_design, t))(design))
+    x = scenarios(t, rows)
+    sharded = jax.lax.optimization_barrier(jax.vmap(shard_scenario)(x))
 
-    def point(d: Any, s: Any, load: Load) -> DecodeWorkers:
-        x = scenario(t, d, loaded(t, load))
+    def point(x: Scenario, s: Sharded, load: Load) -> DecodeWorkers:
+        x = replace(x, load=loaded(t, load))
         running = x.load.concurrency
         memory, tpot = decode_memory(x, running), decode_times(s, x.load, running).tpot
         return DecodeWorkers(
@@ -78,7 +81,7 @@ def decode_kernel(t: Tables, rows: Number) -> DecodeWorkers:
             excess=memory.total / memory.usable - 1.0,
         )
 
-    return jax.vmap(jax.vmap(point, (None, None, 0)), (0, 0, None))(design, sharded, t.loads)
+    return jax.vmap(jax.vmap(point, (None, None, 0)), (0, 0, None))(x, sharded, t.loads)
 
 
 def experts_side(x: Scenario, gpus: Number) -> Scenario:
@@ -89,10 +92,9 @@ def experts_side(x: Scenario, gpus: Number) -> Scenario:
 
 def apart_kernel(t: Tables, rows: Number, gpus: Number, micro_batches: Number) -> DecodeWorkers:
     """The same with the experts on `gpus` GPUs of their own."""
-    design = jax.vmap(partial(design_at, t))(rows)
 
-    def point(d: Any, load: Load) -> DecodeWorkers:
-        x = scenario(t, d, loaded(t, load))
+    def point(x: Scenario, load: Load) -> DecodeWorkers:
+        x = replace(x, load=loaded(t, load))
         ffn, running = experts_side(x, gpus), x.load.concurrency
         found = estimate_attention_ffn_one(AttentionFfn(attention=x, ffn=ffn, micro_batches=micro_batches))
         memory = fuller(found.attention_memory, found.ffn_memory)
@@ -105,12 +107,12 @@ def apart_kernel(t: Tables, rows: Number, gpus: Number, micro_batches: Number) -
             excess=memory.total / memory.usable - 1.0,
         )
 
-    return jax.vmap(jax.vmap(point, (None, 0)), (0, None))(design, t.loads)
+    return jax.vmap(jax.vmap(point, (None, 0)), (0, None))(scenarios(t, rows), t.loads)
 
 
 @lru_cache(maxsize=8)
 def compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.jit(kernel)
+    return quick(kernel)
 
 
 def price_decode(t: Tables, experts: Sequence[tuple[int, int]]) -> DecodeWorkers:
@@ -138,8 +140,7 @@ def price_pool(t: Tables, kernel: Callable[..., Any], *more: Any) -> Any:
 
 def dominant(w: PrefillWorkers, group: np.ndarray) -> np.ndarray:
     """Which prefill points no other of their group beats or equals in everything (of equals the first stays)."""
-    s = w.side
-    numbers = [s.idle, s.busy, s.service / s.ranks, -s.ranks, -s.holders, s.arrival, s.first_wave, w.memory]
+    numbers = [*burdens(w.side), w.memory]
     values = np.stack([np.asarray(x, np.float64) for x in numbers], axis=1)
     keep = np.ones(len(values), bool)
     for g in np.unique(group):

@@ -4,12 +4,10 @@ What a pair delivers follows from a few numbers of either worker (`cost.pools.Se
 sixty operations: blocks of (prefill workers x decode workers) for every number of workers that the budget allows, with
 the same sieve and running front as the grid's. All in float64.
 
-Prefill workers that cannot be on a front are left out before (`dominant`): on the same machine, of the same size and
-KV holders, one that is no better in idle, busy, service time, ranks and memory only ever raises TTFT, at equal
-throughput, TPOT, GPUs and cost: N = X TTFT(N) + n has a smaller solution where TTFT(N) is smaller for every N, and
-`in_flight`'s TTFT(N) falls with each of these numbers (the queue's wait by service/ranks and by ranks; prefill and what
-a layer-by-layer transfer leaves exposed, max(p + t/L, t + p/L), with p). Decode workers
-are all kept but those that break a limit by themselves: more requests/s is not always better, for they queue longer.
+Prefill workers that cannot be on a front are left out before (`dominant`): on the same machine and of the same size,
+one that is no better in any of `cost.pools.burdens`, nor in memory, only ever raises TTFT, at equal throughput, TPOT,
+GPUs and cost: N = X TTFT(N) + n has a smaller solution where TTFT(N) is smaller for every N. Decode workers are all
+kept but those that break a limit by themselves: more requests/s is not always better, for they queue longer.
 Pairs keep the KV cache in one format.
 """
 

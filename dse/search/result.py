@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
@@ -49,3 +51,13 @@ class SearchResult:
     binding: tuple[Binding, ...] = ()
     hypervolume_ratio: float | None = None  # sampled front against the exhaustive one, where both were computed
     run: dict[str, Any] = field(default_factory=dict)  # space, versions, seeds: what run.json adds
+
+
+def provenance(space: dict[str, Any], seed: int | None) -> dict[str, Any]:
+    """What repeats a run: the space as plain data, the seed, the versions of what computed it."""
+    return {
+        "space": space,
+        "seed": seed,
+        "versions": {name: version(name) for name in ("dse", "jax", "numpy", "optuna", "moocore")},
+        "python": platform.python_version(),
+    }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from dse.search.intervals import with_intervals
 from dse.search.metrics import signed
 from dse.search.pareto import distinct, front, hypervolume
 from dse.search.recheck import Rechecked, recheck
-from dse.search.result import Binding, SearchResult
+from dse.search.result import Binding, SearchResult, provenance
 from dse.space.compile import CompiledSpace, compile_space
 from dse.space.intervals import uncertainty_of
 from dse.space.pipeline import PipelineSpec
@@ -29,6 +28,7 @@ from dse.space.schema import SpaceSpec
 
 SAMPLERS = ("grid", "tpe", "nsga2", "random")
 ENGINES = ("local", "dask")
+FIRST = np.zeros(1, np.int64)  # a point to price for its program's sake: XLA compiles outside the interpreter's lock
 BEST = 200  # rows of the list of the best feasible plans
 COMPARABLE = 20_000_000  # spaces small enough for a sampled front to be compared with the exhaustive one
 
@@ -64,7 +64,9 @@ def search(
     c = of_machines(space, coefficients)
     started = time.perf_counter()
     if sampler == "grid":
-        found = _exhaustive(space, c, engine, progress)
+        with ThreadPoolExecutor() as beside:
+            beside.submit(recheck, space, c, FIRST)
+            found = _exhaustive(space, c, engine, progress)
         return _named(finish(space, c, found, "grid", time.perf_counter() - started, sure=sure), coefficients)
     from dse.search.sample import sample
 
@@ -117,10 +119,17 @@ def _with_pools(
             raise InputError(f"{spec.where}: {text}")
     pools = compile_pools(spec)
     c = of_machines(pools.prefill, coefficients), of_machines(pools.decode, coefficients)
-    split = _named(search_pools(pools, c, BEST), coefficients)
-    if spec.disaggregated is None or not spec.disaggregated.aggregated:
-        return split
+    compared = spec.disaggregated is not None and spec.disaggregated.aggregated
     undivided = spec.model_copy(update={"disaggregated": None})
+    with ThreadPoolExecutor() as beside:
+        if compared and engine == "local":
+            space = compile_space(undivided)
+            priced = space, of_machines(space, coefficients)
+            beside.submit(sweep, *priced, tiles=range(1))
+            beside.submit(recheck, *priced, FIRST)
+        split = _named(search_pools(pools, c, BEST), coefficients)
+    if not compared:
+        return split
     whole = search(undivided, engine=engine, seed=seed, coefficients=coefficients, progress=progress)
     return joined(split, whole, BEST)
 
@@ -214,12 +223,7 @@ def finish(
         partial=found.partial,
         least=least,
         binding=binding,
-        run={
-            "space": space.spec.model_dump(mode="json"),
-            "seed": seed,
-            "versions": {name: version(name) for name in ("dse", "jax", "numpy", "optuna", "moocore")},
-            "python": platform.python_version(),
-        },
+        run=provenance(space.spec.model_dump(mode="json"), seed),
     )
 
 

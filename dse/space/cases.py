@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,19 +21,17 @@ from dse.catalog.precision import resolve
 from dse.catalog.schema import GpuEntry
 from dse.cost.evaluate import Scenario, estimate
 from dse.cost.pools import Split, Transfer, estimate_split
-from dse.cost.types import OVERLAPS, Device, Load, Plan, Precision, stack
+from dse.cost.types import OVERLAPS, Device, Draft, Load, Plan, Precision, stack
 from dse.errors import InputError, unknown
 from dse.space import pools
+from dse.space.case_numbers import COUNTS, degrees, draft, number
 from dse.space.columns import columns
+from dse.space.drafts import NONE, draft_entry, draft_table, shared_over
 from dse.space.facts import facts
 from dse.space.intervals import Known, interval_columns
 
 REQUIRED = ("model", "gpu", "isl", "osl")
 BLOCK = 65_536  # rows a call
-
-# Counts with their defaults; "" stands for a missing cell.
-_COUNTS = {"tp": 1, "pp": 1, "attention_dp": 1, "cp": 1, "concurrency": 1, "chunk": 8192}
-_SPECULATION = {"": 0, "no": 0, "none": 0, "false": 0, "unknown": 0, "mtp_likely": None, "yes": None, "mtp": None}
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Case:
     precision: Precision
     plan: dict[str, float]
     load: Load
+    draft: tuple[str, float] | None = None  # a draft model's name, and its TP
 
     @property
     def keys(self) -> dict[str, str]:
@@ -65,6 +65,7 @@ class SplitCase:
     transfer: Transfer
     ffn: Case | None = None  # the experts' GPUs of a decode worker, where they are its own
     micro_batches: float = 1.0
+    seats: float = math.inf  # requests that a decode worker's engine runs at most
 
 
 def estimate_cases(cases: pd.DataFrame, coefficients: CoefficientSet, intervals: bool = False) -> pd.DataFrame:
@@ -125,9 +126,9 @@ def _records(cases: pd.DataFrame) -> list[dict[str, str]]:
 _READ = frozenset(
     (
         *REQUIRED,
-        *_COUNTS,
+        *COUNTS,
         *("cluster", "engine", "engine_version", "weights", "kv", "moe_tp", "moe_ep", "prefix_hit"),
-        *("speculation", "acceptance", "overlap", "eplb_replicas"),
+        *("speculation", "acceptance", "draft_model", "draft_tp", "overlap", "eplb_replicas"),
     )
 )
 
@@ -149,28 +150,37 @@ def _any_case(row: dict[str, str]) -> Case | SplitCase:
 
 def _split_case(row: dict[str, str]) -> SplitCase:
     """Both pools looked up as deployments of their own, each carrying the whole deployment's requests in flight."""
+    if (row.get("draft_model") or NONE).lower() != NONE:
+        raise InputError(f"draft_model: {row['draft_model']} in a split deployment (allowed: none; MTP by speculation)")
     parts = pools.take_apart(row)
-    load = _number(row, "concurrency", 1.0, low=1.0)  # a mean number in flight need not be whole
+    load = number(row, "concurrency", 1.0, low=1.0)  # a mean number in flight need not be whole
     found = []
     for pool in pools.POOLS:
         try:
             case = _case(getattr(parts, pool))
         except InputError as error:
             raise pools.pool_message(pool, error) from None
-        found.append(replace(case, load=replace(case.load, concurrency=load)))
+        drafted = 0.0 if pool == "prefill" else case.load.draft_tokens  # prefill workers draft nothing
+        found.append(replace(case, load=replace(case.load, concurrency=load, draft_tokens=drafted)))
     name = f"_{pools.WORKERS}"
     counts = {pool + name: text for pool, text in zip(pools.POOLS, parts.workers, strict=True)}
-    workers = tuple(_number(counts, column, None, low=1.0, whole=True) for column in counts)
+    workers = tuple(number(counts, column, None, low=1.0, whole=True) for column in counts)
     ffn, micro_batches = _experts(parts, found[1])
-    return SplitCase(found[0], found[1], (workers[0], workers[1]), parts.transfer(found[0].engine), ffn, micro_batches)
+    seats = number({pools.MAX_BATCH: parts.max_batch}, pools.MAX_BATCH, math.inf, low=1.0, whole=True)
+    transfer = parts.transfer(found[0].engine)
+    return SplitCase(found[0], found[1], (workers[0], workers[1]), transfer, ffn, micro_batches, seats)
 
 
 def _experts(parts: pools.SplitRow, decode: Case) -> tuple[Case | None, float]:
     """The experts' GPUs of a decode worker, and its micro-batches."""
     texts = {pools.FFN_GPUS: parts.ffn_gpus, pools.MICRO_BATCHES: parts.micro_batches}
-    gpus = _number(texts, pools.FFN_GPUS, 0.0, low=0.0, whole=True)
+    gpus = number(texts, pools.FFN_GPUS, 0.0, low=0.0, whole=True)
     if not gpus:
         return None, 1.0
+    if decode.plan["pp"] > 1:
+        raise InputError(
+            f"decode_pp_size: {decode.plan['pp']:g} beside {pools.FFN_GPUS} (allowed: 1): {pools.NO_STAGES}"
+        )
     experts = facts([decode.entry]).experts_of[0]
     if not facts([decode.entry]).moe[0] or experts % gpus:
         allowed = (
@@ -178,7 +188,7 @@ def _experts(parts: pools.SplitRow, decode: Case) -> tuple[Case | None, float]:
         )
         raise InputError(f"{pools.FFN_GPUS}: {gpus:g} for {decode.entry.name} ({allowed})")
     case = replace(_case(parts.ffn(gpus)), load=decode.load)
-    return case, _number(texts, pools.MICRO_BATCHES, None, low=1.0, high=64.0, whole=True)
+    return case, number(texts, pools.MICRO_BATCHES, None, low=1.0, high=64.0, whole=True)
 
 
 def _case(row: dict[str, str]) -> Case:
@@ -187,12 +197,13 @@ def _case(row: dict[str, str]) -> Case:
     if not row["model"]:
         raise InputError("model: is empty (required)")
     entry, gpu = model(row["model"]), hardware.gpu(row["gpu"])
-    counts = {name: _number(row, name, default, low=1.0, whole=True) for name, default in _COUNTS.items()}
+    counts = {name: number(row, name, default, low=1.0, whole=True) for name, default in COUNTS.items()}
     overlap = [part.strip() for part in (row.get("overlap") or "none").split("/")]
     for rule in overlap:
         if rule not in OVERLAPS:
             raise unknown("overlap rule", rule, OVERLAPS, "overlap")
-    degrees = _degrees(row, entry, counts)
+    plan = degrees(row, entry, counts)
+    drafted = draft(row.get("speculation", ""), entry)
     return Case(
         entry=entry,
         gpu=gpu,
@@ -201,101 +212,37 @@ def _case(row: dict[str, str]) -> Case:
         version=version_key(row.get("engine", "").lower(), row.get("engine_version", "")),
         precision=_precision(entry.name, gpu.name, row.get("weights") or "native", row.get("kv") or "auto"),
         plan={
-            **degrees,
+            **plan,
             "overlap_prefill": float(OVERLAPS.index(overlap[0])),
             "overlap_decode": float(OVERLAPS.index(overlap[-1])),
         },
         load=Load(
-            isl=_number(row, "isl", None, low=1.0),
-            osl=_number(row, "osl", None, low=1.0),
+            isl=number(row, "isl", None, low=1.0),
+            osl=number(row, "osl", None, low=1.0),
             concurrency=counts["concurrency"],
             chunk=counts["chunk"],
-            prefix_hit=_number(row, "prefix_hit", 0.0, low=0.0, high=1.0),
-            acceptance=_number(row, "acceptance", Load.acceptance, low=0.0, high=1.0),
-            draft_tokens=_draft(row.get("speculation", ""), entry),
+            prefix_hit=number(row, "prefix_hit", 0.0, low=0.0, high=1.0),
+            acceptance=number(row, "acceptance", Load.acceptance, low=0.0, high=1.0),
+            draft_tokens=drafted,
+            stream_interval=number(row, "stream_interval", 1.0, low=1.0, high=1e4, whole=True),
         ),
+        draft=_draft_model(row, entry, plan["tp"], drafted),
     )
 
 
-def _degrees(row: dict[str, str], entry: ModelEntry, counts: dict[str, float]) -> dict[str, float]:
-    """Parallel degrees that belong together; moe_* are ignored for dense models and derived where left out."""
-    shape = facts([entry])
-    tp, pp, stage = counts["tp"], counts["pp"], counts["tp"] * counts["attention_dp"] * counts["cp"]
-    if not shape.tp(np.array([int(tp)]))[0, 0]:
-        allowed = [str(n) for n in 2 ** np.arange(8) if shape.tp(np.array([n]))[0, 0]]
-        what = f"the heads and widths of {entry.name} (allowed: {', '.join(allowed)})"
-        raise InputError(f"tp: {tp:g} does not divide {what}")
-    if pp > entry.layers:
-        raise InputError(f"pp: {pp:g} is more than the {entry.layers} layers of {entry.name}")
-    moe_ep = moe_tp = 1.0
-    replicas = 0.0
-    if shape.moe[0]:
-        ep, mtp = row.get("moe_ep", ""), row.get("moe_tp", "")
-        moe_ep = _number(row, "moe_ep", 1.0, low=1.0, whole=True)
-        moe_tp = _number(row, "moe_tp", 1.0, low=1.0, whole=True)
-        if not mtp:
-            moe_tp = stage / moe_ep
-        elif not ep:
-            moe_ep = stage / moe_tp
-        if moe_ep * moe_tp != stage:
-            raise InputError(
-                f"moe_ep * moe_tp = {moe_ep * moe_tp:g} is not tp * attention_dp * cp = {stage:g}; they share the GPUs"
-            )
-        replicas = _replicas(row, int(shape.experts_of[0]), moe_ep)
-    else:
-        moe_tp = stage
-    return {
-        "tp": tp,
-        "pp": pp,
-        "attention_dp": counts["attention_dp"],
-        "cp": counts["cp"],
-        "moe_tp": moe_tp,
-        "moe_ep": moe_ep,
-        "eplb_replicas": replicas,
-    }
-
-
-def _replicas(row: dict[str, str], experts: int, ep: float) -> float:
-    """Redundant experts a layer; none in a group of one."""
-    value = _number(row, "eplb_replicas", 0.0, low=0.0, high=1e5, whole=True)
-    if value and (experts + value) % ep:
-        raise InputError(
-            f"eplb_replicas: {value:g} with {experts} experts do not fill {ep:g} ranks evenly"
-            f" (allowed: {-experts % ep:g} and every {ep:g} more)"
-        )
-    return value if ep > 1 else 0.0
-
-
-def _number(
-    row: dict[str, str],
-    name: str,
-    default: float | None,
-    low: float = 0.0,
-    high: float = 1e12,
-    whole: bool = False,
-) -> float:
-    text = row.get(name, "")
-    if not text:
-        if default is None:
-            raise InputError(f"{name}: is empty (required)")
-        return float(default)
-    try:
-        value = float(text)
-    except ValueError:
-        raise InputError(f"{name}: {text!r} is not a number") from None
-    if not low <= value <= high or (whole and value != round(value)):
-        kind = "whole numbers " if whole else ""
-        raise InputError(f"{name}: {text} is out of range (allowed: {kind}{low:g} to {high:g})")
-    return value
-
-
-def _draft(text: str, entry: ModelEntry) -> float:
-    """Drafted tokens a step: a number, or a word that says whether the run speculated (MTP depth of the model)."""
-    word = text.lower()
-    if word in _SPECULATION:
-        known = _SPECULATION[word]
-        return float(max(1, entry.mtp_depth) if known is None else known)
-    return _number({"speculation": text}, "speculation", 0.0, low=0.0, high=64.0)
+def _draft_model(row: dict[str, str], entry: ModelEntry, tp: float, tokens: float) -> tuple[str, float] | None:
+    """The row's draft model and its TP: its target's where that divides it, or 1."""
+    name = row.get("draft_model") or NONE
+    if name.lower() == NONE:
+        return None
+    draft_entry(name, entry)
+    if not row.get("speculation"):
+        raise InputError(f"speculation: is empty; how many tokens does {name} draft a step?")
+    shared = float(shared_over(name, entry, np.array([int(tp)]))[0])
+    own = number(row, "draft_tp", shared, low=1.0, whole=True)
+    if own not in (1.0, shared):
+        raise InputError(f"draft_tp: {own:g} (allowed: 1{f' or {shared:g}' if shared > 1 else ''})")
+    return (name, own) if tokens else None
 
 
 # ------------------------------------------------------------------------------------------- pricing
@@ -341,6 +288,7 @@ def _price_split(cases: Sequence[SplitCase], coefficients: CoefficientSet) -> di
 def splits_of(cases: Sequence[SplitCase], coefficients: CoefficientSet) -> Split:
     """The batch of some split deployments: leaves (n,). All of them split attention and FFN once more, or none."""
     ffn = [case.ffn for case in cases if case.ffn is not None]
+    seats = np.array([case.seats for case in cases])
     return Split(
         prefill=scenarios_of([case.prefill for case in cases], coefficients),
         decode=scenarios_of([case.decode for case in cases], coefficients),
@@ -350,6 +298,7 @@ def splits_of(cases: Sequence[SplitCase], coefficients: CoefficientSet) -> Split
         ffn=scenarios_of(ffn, coefficients) if ffn else None,
         micro_batches=np.array([case.micro_batches for case in cases]) if ffn else None,
         apart=np.array([float(case.prefill.cluster != case.decode.cluster) for case in cases]),
+        seats=np.minimum(seats, 1e12) if np.isfinite(seats).any() else None,
     )
 
 
@@ -381,16 +330,34 @@ def scenarios_of(cases: Sequence[Case], coefficients: CoefficientSet) -> Scenari
             precision=gather(lambda c: id(c.precision), lambda some: stack([c.precision for c in some])),
             cp_method=np.zeros(n) if sharded else None,
             eplb_replicas=replicas if replicas.any() else None,
+            draft=_drafts(cases),
         ),
         load=replace(
             loads,
             draft_tokens=loads.draft_tokens if np.any(loads.draft_tokens) else None,
+            stream_interval=loads.stream_interval if any(c.load.stream_interval != 1.0 for c in cases) else None,
             waves=np.full(n, Load.waves),
         ),
         coefficients=gather(
-            lambda c: (c.gpu.name, c.engine, c.version),
+            lambda c: tuple(c.keys.values()),
             lambda some: stack([coefficients.of(*c.keys.values()) for c in some]),
         ),
+    )
+
+
+def _drafts(cases: Sequence[Case]) -> Draft | None:
+    """Draft models of a batch; None where no row has one."""
+    if not any(c.draft for c in cases):
+        return None
+    pairs = [(c.draft[0] if c.draft else NONE, c.entry) for c in cases]
+    first = {(name, entry.name): (name, entry) for name, entry in pairs}
+    place = {key: i for i, key in enumerate(first)}
+    index = np.array([place[name, entry.name] for name, entry in pairs])
+    table = draft_table(list(first.values()))
+    return Draft(
+        architecture=jax.tree.map(lambda leaf: leaf[index], table),
+        tp=np.array([c.draft[1] if c.draft else 1.0 for c in cases]),
+        present=np.array([float(c.draft is not None) for c in cases]),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -22,10 +23,12 @@ from dse.cost.goodput import Demand
 from dse.cost.types import CP_METHODS, DISPATCHES, OVERLAPS, Architecture, Device, Precision, Topology, stack
 from dse.errors import InputError
 from dse.space.degrees import degrees
+from dse.space.drafts import NONE, draft_entry, draft_table
 from dse.space.facts import Facts, facts
 from dse.space.legal import Degrees, Enumeration, Rules, enumerate_designs
 from dse.space.load import together
 from dse.space.machines import Machine, machines
+from dse.space.metrics import OPEN
 from dse.space.open_load import demand_of, open_problems
 from dse.space.schema import SpaceSpec
 
@@ -68,6 +71,7 @@ class Designs:
     sequence_parallel: Array  # 0 or 1
     microbatches: Array  # 0: pp
     utilisation: Array  # share of the capacity that may be used
+    draft_model: Array  # index of the axis's values
 
     def __len__(self) -> int:
         return len(self.model)
@@ -80,8 +84,10 @@ class Operating:
     concurrency: Array
     chunk: Array
     draft_tokens: Array
+    acceptance: Array
+    prefix_hit: Array  # read where the axis is searched; else each workload has its own
     static_batch: Array
-    shape: tuple[int, int, int]  # values of concurrency (or batch), chunk, draft_tokens: the last changes fastest
+    shape: tuple[int, ...]  # values of concurrency (or batch), chunk, ...: the last of `rank.LOAD_AXES` changes fastest
 
     def __len__(self) -> int:
         return len(self.concurrency)
@@ -121,6 +127,7 @@ class CompiledSpace:
     topologies: Topology
     precisions: Precision  # leading axis: precision rows
     precision_names: tuple[PrecisionName, ...]
+    drafts: Architecture | None  # leading axis: models x values of draft_model; None where none drafts
     designs: Designs
     operating: Operating
     workloads: Workloads
@@ -144,7 +151,8 @@ def compile_space(spec: SpaceSpec) -> CompiledSpace:
         raise together(spec.where, problems)
     shapes = facts(entries)
     fits, problems = _contexts(spec, shapes)
-    problems += _drafts(spec, shapes)
+    pairs = [(name, entry) for entry in entries for name in spec.axes.draft_model]
+    problems += _drafts(spec, shapes) + _draft_models(spec, pairs) + _hits(spec)
     problems += open_problems(spec)
     values, more = degrees(spec, shapes, found)
     if problems or more:
@@ -171,6 +179,7 @@ def compile_space(spec: SpaceSpec) -> CompiledSpace:
         topologies=stack([hardware.pad_levels(t, depth) for t in topologies]),
         precisions=stack(precisions),
         precision_names=tuple(names),
+        drafts=draft_table(pairs) if any(name != NONE for name, _ in pairs) else None,
         designs=Designs(**{f.name: result.columns[f.name] for f in fields(Designs)}),
         operating=operating,
         workloads=_workloads(spec),
@@ -217,12 +226,39 @@ def _drafts(spec: SpaceSpec, shapes: Facts) -> list[str]:
     """Draft tokens need MTP modules (or a draft model) in every model: load and design are independent axes."""
     without = [name for name, has in zip(shapes.names, shapes.has_mtp) if not has]
     most = max(spec.axes.draft_tokens)
-    if not most or not without or spec.options.external_draft:
+    if not most or not without or spec.options.external_draft or NONE not in spec.axes.draft_model:
         return []
     return [
         f"axes.draft_tokens: {most} needs MTP modules, of which {', '.join(without[:3])} has none (allowed: 0);"
-        " options.external_draft: true speculates with a draft model of its own"
+        " axes.draft_model: [NAME] drafts with a smaller model; options.external_draft: true with one that is free"
     ]
+
+
+def _draft_models(spec: SpaceSpec, pairs: list[tuple[str, ModelEntry]]) -> list[str]:
+    """What keeps a draft model from drafting for a model."""
+    problems = []
+    for name, entry in pairs:
+        try:
+            if name != NONE:
+                draft_entry(name, entry)
+        except InputError as error:
+            problems.append(f"axes.draft_model: {str(error).removeprefix('draft_model: ')}")
+    known = [name for name, _ in pairs if name != NONE]
+    if known and not max(spec.axes.draft_tokens):
+        problems.append(f"axes.draft_tokens: 0, so {known[0]} drafts nothing; give the tokens it drafts a step")
+    return problems
+
+
+def _hits(spec: SpaceSpec) -> list[str]:
+    """Prefix hits are the axis's or the workloads'; an open loop has its own, by request."""
+    if spec.axes.prefix_hit is None:
+        return []
+    known = [i for i, w in enumerate(spec.workloads) if w.prefix_hit or w.trace]
+    if known:
+        return [f"workloads[{known[0]}].prefix_hit: is searched as axes.prefix_hit; leave one of them out"]
+    asked = [m for m in (*spec.constraints, *(name for name, _ in spec.objectives)) if m in OPEN]
+    what = "its requests have the workload's prefix_hit; leave axes.prefix_hit out"
+    return [f"axes.prefix_hit: {asked[0]} is of an open loop; {what}"] if asked else []
 
 
 def _precisions(
@@ -280,22 +316,30 @@ def _rules(spec: SpaceSpec, combinations: Array, rows: Array) -> Rules:
         sequence_parallel=np.array(axes.sequence_parallel, np.int64),
         microbatches=np.array(axes.microbatches, np.int64),
         utilisation=np.array(axes.utilisation, np.float64),
+        draft_model=np.arange(len(axes.draft_model)),
     )
 
 
 def _operating(spec: SpaceSpec) -> Operating:
     axes = spec.axes
-    lanes = (axes.batch or axes.concurrency or DEFAULT_CONCURRENCY, axes.chunk, axes.draft_tokens)
-    shape = (len(lanes[0]), len(lanes[1]), len(lanes[2]))
+    lanes: tuple[Sequence[float], ...] = (
+        axes.batch or axes.concurrency or DEFAULT_CONCURRENCY,
+        axes.chunk,
+        axes.draft_tokens,
+        axes.acceptance or (spec.options.acceptance,),
+        axes.prefix_hit or (0.0,),
+    )
+    shape = tuple(len(lane) for lane in lanes)
     if math.prod(shape) > MOST_OPERATING:
         raise InputError(
-            f"{spec.where}: axes.concurrency, chunk and draft_tokens multiply to {math.prod(shape)} operating points"
+            f"{spec.where}: axes.concurrency and the load's other axes multiply to {math.prod(shape)} operating points"
             f" (allowed: {MOST_OPERATING}); use a larger step or factor"
         )
     grid = np.meshgrid(*(np.array(lane, np.float64) for lane in lanes), indexing="ij")
-    concurrency, chunk, draft = (x.ravel() for x in grid)
-    static = np.full(len(concurrency), 1.0 if axes.batch else 0.0)
-    return Operating(concurrency=concurrency, chunk=chunk, draft_tokens=draft, static_batch=static, shape=shape)
+    names = ("concurrency", "chunk", "draft_tokens", "acceptance", "prefix_hit")
+    columns = dict(zip(names, (x.ravel() for x in grid), strict=True))
+    static = np.full(len(columns["chunk"]), 1.0 if axes.batch else 0.0)
+    return Operating(**columns, static_batch=static, shape=shape)
 
 
 def _workloads(spec: SpaceSpec) -> Workloads:

@@ -19,6 +19,7 @@ from dse.catalog.coefficients import CoefficientSet
 from dse.catalog.uncertainty import METRICS, Uncertainty
 from dse.cost.evaluate import Scenario, estimate_one
 from dse.errors import InputError
+from dse.programs import quick
 
 Array = np.ndarray
 COLUMNS = {"ttft": "ttft_ms", "tpot": "tpot_ms", "rate": "output_tok_s_gpu"}
@@ -97,8 +98,8 @@ def _slopes(names: tuple[str, ...]) -> Any:
 
         return jax.jacfwd(logs)(jnp.zeros(len(names)))
 
-    # XLA's fusion emitters take minutes over a Jacobian of this size; without them it is ten seconds.
-    return jax.jit(jax.vmap(one), compiler_options={"xla_cpu_use_fusion_emitters": False})
+    # XLA's fusion emitters take minutes over a Jacobian of this size; compiled quickly it is seconds.
+    return quick(jax.vmap(one))
 
 
 __all__ = ["COLUMNS", "SHARE", "Known", "half_widths", "interval_columns", "log_slopes", "uncertainty_of"]

@@ -97,6 +97,7 @@ class Rules:
     sequence_parallel: Array
     microbatches: Array
     utilisation: Array
+    draft_model: Array
 
 
 def enumerate_designs(
@@ -317,6 +318,9 @@ def _rule_axes(facts: Facts, r: Rules) -> list[Axis]:
     def utilisation(prefix: Columns) -> Verdict:
         return [], {"utilisation": r.utilisation[None, :]}
 
+    def draft_model(prefix: Columns) -> Verdict:
+        return [], {"draft_model": r.draft_model[None, :]}
+
     return [
         Axis("weights", len(r.formats), formats),
         Axis("overlap", len(r.overlaps), overlap),
@@ -326,6 +330,7 @@ def _rule_axes(facts: Facts, r: Rules) -> list[Axis]:
         Axis("sequence_parallel", len(r.sequence_parallel), sequence_parallel),
         Axis("microbatches", len(r.microbatches), microbatches),
         Axis("utilisation", len(r.utilisation), utilisation),
+        Axis("draft_model", len(r.draft_model), draft_model),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +15,7 @@ from dse.space.schema import ALIASES, Axes, SpaceSpec
 from dse.space.yaml_file import parse_yaml, read_text
 
 MOST_SHOWN = 10
+Loc = tuple[Any, ...]  # keys and indices, as pydantic has them
 
 
 def load_any(path: str | Path) -> SpaceSpec | PipelineSpec:
@@ -65,19 +66,28 @@ def together(where: str, problems: list[str]) -> InputError:
     return InputError("\n  ".join([f"{where}: {len(problems)} problems", *problems[:MOST_SHOWN], *more]))
 
 
-def _line(item: Any, root: type[BaseModel]) -> str:
-    place = _place(item["loc"])
+def problem(
+    item: Any, loc: Loc, place: Callable[[Loc], str], known: Callable[[Loc], list[str]], remedy: Callable[[Loc], str]
+) -> str:
+    """One of pydantic's errors, at `loc`, as a line. `place` writes a location, `known` lists its keys."""
+    here = place(loc)
     if item["type"] == "extra_forbidden":
-        parent, key = item["loc"][:-1], item["loc"][-1]
-        return f"{_place(parent) or 'top level'}: {v.nearest(key, _known(parent, root), 'key')}"
+        return f"{place(loc[:-1]) or 'top level'}: {v.nearest(loc[-1], known(loc[:-1]), 'key')}"
     if item["type"] == "missing":
-        return f"{place}: is required; " + _REMEDIES.get(place.split("[")[0], "add it")
+        return f"{here}: is required; {remedy(loc)}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] in ("model_type", "model_attributes_type", "dict_type", "list_type"):
         message = f"{v.shown(item['input'])} is not {'a list' if item['type'] == 'list_type' else 'keys with values'}"
     elif item["type"] != "value_error":
         message = f"{message} (got {v.shown(item['input'])})"
-    return f"{place}{message}" if message.startswith(".") else f"{place or 'top level'}: {message}"
+    return f"{here}{message}" if message.startswith((".", "[")) else f"{here or 'top level'}: {message}"
+
+
+def _line(item: Any, root: type[BaseModel]) -> str:
+    def remedy(loc: Loc) -> str:
+        return _REMEDIES.get(_place(loc).split("[")[0], "add it")
+
+    return problem(item, item["loc"], _place, lambda loc: _known(loc, root), remedy)
 
 
 _REMEDIES = {
@@ -88,14 +98,14 @@ _REMEDIES = {
 }
 
 
-def _place(loc: tuple[Any, ...]) -> str:
+def _place(loc: Loc) -> str:
     text = ""
     for part in loc:
         text += f"[{part}]" if isinstance(part, int) else f".{part}"
     return text.removeprefix(".")
 
 
-def _known(loc: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
+def _known(loc: Loc, root: type[BaseModel]) -> list[str]:
     """The keys allowed at a place, by walking the spec's classes from `root`."""
     cls = root
     for part in loc:
@@ -107,4 +117,4 @@ def _known(loc: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
     return [*cls.model_fields, *(ALIASES if cls is Axes else ())]
 
 
-__all__ = ["load_any", "load_space", "parse_pipeline", "parse_space", "together"]
+__all__ = ["load_any", "load_space", "parse_pipeline", "parse_space", "problem", "together"]

@@ -35,7 +35,11 @@ METRICS = MappingProxyType(
 PIPELINE_METRICS = MappingProxyType(
     {
         **{
-            name: METRICS[name] for name in ("ttft_ms", "tpot_ms", "e2e_ms", "output_tok_s_gpu", "gpus", "usd_per_mtok")
+            name: METRICS[name]
+            for name in (
+                *("ttft_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_ms", "e2e_ms"),
+                *("output_tok_s_gpu", "gpus", "usd_per_mtok"),
+            )
         },
         "requests_s": Metric("requests/s", "max"),
         "requests_s_gpu": Metric("requests/s", "max"),

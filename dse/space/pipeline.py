@@ -34,6 +34,7 @@ from dse.space.schema import (
 KINDS = ("gateway", "tool", "retrieval", "encoder", "rerank", "prefill", "decode", "llm")
 DELAYS, BATCHED, CONTINUOUS = ("gateway", "tool"), ("retrieval", "encoder", "rerank", "prefill"), ("decode", "llm")
 LARGE_MODELS = ("prefill", "decode", "llm")
+OF_POOL = ("tp", "pp", "attention_dp", "cp", "spread", "replicas", "clusters")  # the owner's, of all stages of a pool
 
 Positive = Annotated[float, _amount("", open_low=True)]
 Many = Annotated[tuple[int, ...], _numbers()]
@@ -116,7 +117,10 @@ def _tokens(value: Any) -> Any:
 class StageSpec(Strict):
     """One stage. `tp`: GPUs (or hosts of an index) side by side; `batch`: calls at once on a replica, at most.
 
-    `pool`: the name of the stage whose GPUs it shares (with their tp, pp, replicas). `merge`: encoder tokens a prompt
+    `attention_dp`, `ep`, `cp`: of language models, as in other spaces (GPUs of a replica: tp * attention_dp * cp * pp).
+    `spread`: copies of an encoder or reranker that one call's items are dealt over (images over workers).
+    `pool`: the name of the stage whose GPUs it shares (with their degrees, replicas); an encoder or reranker with a
+    smaller `tp` of its own has copies on them. `merge`: encoder tokens a prompt
     token; `adds`: prompt tokens that a stage adds to a request (the passages kept). `every_turn`: once a turn of a
     loop, not once a request. `transfer_bytes`: a token of its output to the next stage (auto: activations of encoders,
     the KV cache of prefill).
@@ -131,6 +135,10 @@ class StageSpec(Strict):
     pool: OptionalName = None
     tp: Many = (1,)
     pp: Many = (1,)
+    attention_dp: Many = (1,)
+    ep: Many = (1,)
+    cp: Many = (1,)
+    spread: Many = (1,)
     replicas: Many = (1,)
     batch: Many = (1,)
     chunk: Annotated[int, _whole("tokens")] = 8192
@@ -146,9 +154,19 @@ class StageSpec(Strict):
     vector_bytes: Annotated[float | None, _amount("", open_low=True)] = None
     scan: Annotated[float, _amount("fraction", 0.0, 1.0, open_low=True)] = 1.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _alias(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "moe_ep" not in data:
+            return data
+        if "ep" in data:
+            raise ValueError("'moe_ep' and 'ep' are the same axis; keep one")
+        return {"ep" if key == "moe_ep" else key: value for key, value in data.items()}
+
     @model_validator(mode="after")
     def _belongs(self) -> StageSpec:
         """What a kind needs, and what says nothing of it."""
+        large = ("attention_dp", "ep", "cp")
         retrieval = ("vectors", "vector_bytes", "scan", "host")
         sequences = ("tokens", "encoder", "merge")
         strange: tuple[str, ...] = ()
@@ -156,22 +174,18 @@ class StageSpec(Strict):
             known = {"name", "kind", "time_ms", "every_turn"}
             strange = tuple(f for f in type(self).model_fields if f not in known)
         elif self.kind == "retrieval":
-            strange = (*sequences, "model", "pp", "weights", "kv", "chunk", "pool")
+            strange = (*sequences, *large, "spread", "model", "pp", "weights", "kv", "chunk", "pool")
         elif self.kind in ("encoder", "rerank"):
-            strange = (*retrieval, "time_ms", "chunk")
+            strange = (*retrieval, *large, "time_ms", "chunk")
         else:
-            strange = (*retrieval, *sequences, "time_ms", "adds", "every_turn")
+            strange = (*retrieval, *sequences, "spread", "time_ms", "adds", "every_turn")
         if self.pool is not None:
-            strange += ("tp", "pp", "replicas", "clusters")
+            strange += OF_POOL if self.kind in LARGE_MODELS else OF_POOL[1:]
         if self.pool is not None and self.kind in CONTINUOUS:
             strange += ("pool",)
         for field in strange:
             if field in self.model_fields_set:
-                how = (
-                    f"of a stage that shares pool {self.pool!r}"
-                    if field in ("tp", "pp", "replicas", "clusters")
-                    else ""
-                )
+                how = f"of a stage that shares pool {self.pool!r}" if field in OF_POOL else ""
                 raise ValueError(f".{field}: says nothing {how or f'of a stage of kind {self.kind!r}'}; leave it out")
         needed: tuple[tuple[bool, str], ...] = (
             (self.kind == "retrieval" and (self.vectors is None or self.vector_bytes is None), "vectors, vector_bytes"),
@@ -199,30 +213,26 @@ class Request(Strict):
     @model_validator(mode="before")
     @classmethod
     def _lengths(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        out = dict(data)
-        for name in ("isl", "osl"):
-            given = out.get(name)
-            if isinstance(given, Mapping):
-                for key in given:
-                    if key not in ("mean", "cv"):
-                        raise ValueError(f".{name}: {v.nearest(key, ('mean', 'cv'), 'key of a distribution')}")
-                out |= {name: given.get("mean"), f"{name}_cv": given.get("cv", 0.0)}
-        return out
+        return v.lengths(data) if isinstance(data, Mapping) else data
 
 
 class Loop(Strict):
     """An agent: `turns` calls of the language model with a tool between two.
 
-    Each turn's context is the one before, its answer and `growth` tokens of the tool's; a share `hit` of what was there
-    before is still in the prefix cache.
+    Each turn's context is the one before, its answer and `growth` tokens of the tool's (a number, or {mean, cv}); a
+    share `hit` of what was there before the tool's is still in the prefix cache.
     """
 
     turns: Annotated[int, _whole("")] = 1
     tool_latency_ms: Annotated[float, _amount("ms")] = 0.0
     growth: Annotated[float, _amount("tokens")] = 0.0
+    growth_cv: Annotated[float, _amount("", 0.0, 3.0)] = 0.0
     hit: Annotated[float, _amount("fraction", 0.0, 1.0)] = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lengths(cls, data: Any) -> Any:
+        return v.lengths(data, ("growth",)) if isinstance(data, Mapping) else data
 
 
 Limits = Annotated[dict[str, Bound], BeforeValidator(lambda x: _constraints(x, PIPELINE_METRICS))]

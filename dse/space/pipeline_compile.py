@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,53 +13,56 @@ from dse.catalog import precision as formats
 from dse.catalog.align import align
 from dse.catalog.model_schema import ModelEntry
 from dse.catalog.models import model, to_architecture
-from dse.cost.lengths import lognormal
 from dse.cost.types import Architecture, Device, Plan, Topology, stack
 from dse.errors import InputError
+from dse.space.facts import Facts, facts
+from dse.space.legal import CUT_DENSE_DP, CUT_DENSE_MOE, CUT_EXPERTS, CUT_HEADS, CUT_LAYERS, CUT_STAGE, CUT_WIDTH
 from dse.space.load import together
 from dse.space.machines import Machine, _machine
 from dse.space.pipeline import CONTINUOUS, LARGE_MODELS, PipelineSpec, StageSpec
-
-Array = np.ndarray
-STRATA = 16  # of the prompt, once the stages' tokens are added
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """The calls of a stage, by kind (leaves (K,)): sequences of `tokens` new tokens behind `cached` ones.
-
-    `weight` sums to 1 over all calls, `first` over those of the first turn. `calls` a request; `share` of the requests
-    call it in their first turn; `output`: tokens that a call hands on, mean.
-    """
-
-    sequences: Array
-    tokens: Array
-    cached: Array
-    weight: Array
-    first: Array
-    calls: float
-    share: float
-    output: float
-
-    @property
-    def prompt(self) -> Array:
-        return self.tokens + self.cached
+from dse.space.pipeline_calls import Kinds, kinds
 
 
 class Design(NamedTuple):
-    """One plan of a stage. `machine`: row of the machines, -1 for hosts of the stage's own."""
+    """One plan of a stage. `machine`: row of the machines, -1 for hosts of the stage's own. `own`: tp of an encoder
+    whose copies fill a pool of another's tp (0: that one)."""
 
     machine: int
     tp: int
     pp: int
+    attention_dp: int
+    cp: int
+    spread: int
+    ep: int
+    own: int
     weights: str
     kv: str
     batch: int
 
     @property
-    def place(self) -> tuple[int, int, int]:
+    def place(self) -> tuple[int, ...]:
         """What stages of one pool have in common."""
-        return self.machine, self.tp, self.pp
+        return self[:6]
+
+    @property
+    def gpus(self) -> int:
+        """Of a replica."""
+        return self.tp * self.pp * self.attention_dp * self.cp * self.spread
+
+    @property
+    def degree(self) -> int:
+        """Its own tp."""
+        return self.own or self.tp
+
+    @property
+    def copies(self) -> int:
+        """Of an encoder on it, each on degree * pp GPUs."""
+        return self.gpus // (self.degree * self.pp)
+
+    @property
+    def holders(self) -> int:
+        """GPUs that hold a part of one call's output."""
+        return self.tp * self.pp * self.cp * self.spread
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,20 +83,25 @@ class CompiledPipeline:
     def plans(self, stage: str) -> Plan:
         """Of every design of a stage with a model, stacked."""
         entry = self.entries[self.entry_of[stage]]
-        return stack([self._plan(entry, d) for d in self.designs[stage]])
+        large = next(s.kind for s in self.spec.pipeline if s.name == stage) in LARGE_MODELS
+        return stack([self._plan(entry, d, large) for d in self.designs[stage]])
 
-    def _plan(self, entry: ModelEntry, d: Design) -> Plan:
+    def _plan(self, entry: ModelEntry, d: Design, large: bool) -> Plan:
+        """Encoders and rerankers are copied where language models have attention DP or context parallelism."""
         precision = formats.resolve(entry, hardware.to_device(self.machines[d.machine].gpu), d.weights, d.kv)
+        ranks, cp = (d.attention_dp, d.cp) if large else (1, 1)
+        sharded = any(x.cp > 1 for designs in self.designs.values() for x in designs)
         return Plan(
-            tp=d.tp,
+            tp=d.degree,
             pp=d.pp,
-            attention_dp=1,
-            cp=1,
-            moe_tp=d.tp,
-            moe_ep=1,
+            attention_dp=ranks,
+            cp=cp,
+            moe_tp=d.degree * ranks * cp / d.ep,
+            moe_ep=d.ep,
             replicas=1,
             microbatches=0,
             precision=precision,
+            cp_method=0.0 if sharded else None,
         )
 
 
@@ -125,10 +133,10 @@ def compile_pipeline(spec: PipelineSpec) -> CompiledPipeline:
     illegal: dict[str, int] = {}
     for pool in spec.pools:
         for stage in pool:
-            owner = pool[0]
-            legal = []
+            owner, legal = pool[0], []
+            of = facts([entries[stage.name]]) if stage.name in entries else None
             for d in _all(stage, owner, rows[owner.name]):
-                reason = _illegal(spec, stage, entries.get(stage.name), d, found)
+                reason = _illegal(spec, stage, of, d, found)
                 if reason:
                     illegal[reason] = illegal.get(reason, 0) + 1
                 else:
@@ -157,108 +165,47 @@ def compile_pipeline(spec: PipelineSpec) -> CompiledPipeline:
 
 def _all(stage: StageSpec, owner: StageSpec, machines: tuple[int, ...]) -> list[Design]:
     if owner.kind == "retrieval":
-        return [Design(m, tp, 1, "", "", b) for m in machines or (-1,) for tp in owner.tp for b in stage.batch]
-    axes = machines, owner.tp, owner.pp, stage.weights, stage.kv, stage.batch
-    return [Design(*x) for x in itertools.product(*axes)]
+        axes: tuple[tuple[Any, ...], ...] = (machines or (-1,), owner.tp, *((1,),) * 5, (0,), ("",), ("",))
+    else:
+        shape = machines, owner.tp, owner.pp, owner.attention_dp, owner.cp, owner.spread
+        own = stage.tp if stage is not owner and "tp" in stage.model_fields_set else (0,)
+        axes = *shape, stage.ep, own, stage.weights, stage.kv
+    return [Design(*x) for x in itertools.product(*axes, stage.batch)]
 
 
-def _illegal(
-    spec: PipelineSpec, stage: StageSpec, entry: ModelEntry | None, d: Design, machines: list[Machine]
-) -> str | None:
+def _illegal(spec: PipelineSpec, stage: StageSpec, of: Facts | None, d: Design, machines: list[Machine]) -> str | None:
     """Why a plan cannot be, or None."""
-    if d.machine >= 0 and d.tp * d.pp > min(spec.gpus, machines[d.machine].size):
-        return f"{stage.name}: tp x pp is more than the GPUs there are"
+    if d.machine >= 0 and d.gpus > min(spec.gpus, machines[d.machine].size):
+        return f"{stage.name}: a replica has more GPUs than there are"
     if stage.kind == "retrieval":
         capacity = stage.host.capacity_gib if stage.host else machines[d.machine].gpu.capacity_gib.value
         index = float(stage.vectors or 0.0) * float(stage.vector_bytes or 0.0) / 2**30
         return None if index <= capacity * d.tp else f"{stage.name}: the index is larger than memory"
-    if entry is None:
+    wrong = None if of is None else _indivisible(of, stage, d)
+    return f"{stage.name}: {wrong}" if wrong else None
+
+
+def _indivisible(of: Facts, stage: StageSpec, d: Design) -> str | None:
+    """Which degree does not divide the model."""
+    tp, pp, ep = (np.array([x]) for x in (d.degree, d.pp, d.ep))
+    if not of.tp(tp).all():
+        return CUT_HEADS
+    if d.tp % d.degree:
+        return "its own tp does not divide its pool's"
+    if not of.pp(pp, False).all():
+        return CUT_LAYERS
+    if stage.kind not in LARGE_MODELS:
         return None
-    heads = [m.core.heads for m in entry.mixers if m.core is not None]
-    if any(h % d.tp for h in heads):
-        return f"{stage.name}: tp does not divide the heads"
-    return f"{stage.name}: pp does not divide the layers" if entry.layers % d.pp else None
-
-
-# ---------------------------------------------------------------------------------------- what a request brings
-
-
-def _strata(mean: float, cv: float) -> tuple[Array, Array]:
-    """Values and weights of a lognormal amount."""
-    nodes = lognormal(mean, 1.0, isl_cv=cv)
-    values, of = np.unique(np.asarray(nodes.isl), return_inverse=True)
-    return values, np.bincount(of.ravel(), weights=np.asarray(nodes.weight))
-
-
-def _merged(values: Array, weight: Array, most: int = STRATA) -> tuple[Array, Array]:
-    """At most `most` kinds of equal weight, each the mean of those it stands for: the mean is kept."""
-    if len(values) <= most:
-        return values, weight
-    order = np.argsort(values, kind="stable")
-    values, weight = values[order], weight[order]
-    cell = np.minimum(((np.cumsum(weight) - 0.5 * weight) * most).astype(int), most - 1)
-    total = np.bincount(cell, weights=weight, minlength=most)
-    mean = np.bincount(cell, weights=weight * values, minlength=most)
-    return mean[total > 0] / total[total > 0], total[total > 0]
-
-
-def kinds(spec: PipelineSpec) -> dict[str, Kinds]:
-    """What each stage meets of a request: its own tokens; of the language model, the prompts of all turns.
-
-    A prompt is the request's own tokens, what the stages before add, and the encoders' tokens merged: independent
-    amounts, so kinds of prompt are their sums.
-    """
-    turns, result = spec.loop.turns, {}
-    prompt, weight = _strata(spec.request.isl, spec.request.isl_cv)
-    for stage in spec.pipeline:
-        often = float(turns if stage.every_turn else 1)
-        if stage.kind in LARGE_MODELS:
-            continue
-        if stage.tokens is None:
-            one = np.ones(1)
-            result[stage.name] = Kinds(one, one, 0 * one, one, one, often, 1.0, stage.adds)
-        else:
-            t = stage.tokens
-            amount, share = _strata(t.mean, t.cv)
-            each = np.minimum(amount, t.each)
-            result[stage.name] = Kinds(
-                sequences=amount / each,
-                tokens=each,
-                cached=np.zeros_like(each),
-                weight=share,
-                first=share,
-                calls=often * t.share,
-                share=t.share,
-                output=t.mean / stage.merge if stage.kind == "encoder" else stage.adds,
-            )
-            if stage.kind == "encoder":
-                some = np.append(amount / stage.merge, 0.0), np.append(share * t.share, 1.0 - t.share)
-                sums = (prompt[:, None] + some[0][None]).ravel(), (weight[:, None] * some[1][None]).ravel()
-                prompt, weight = _merged(sums[0][sums[1] > 0], sums[1][sums[1] > 0])
-        prompt = prompt + stage.adds
-    large = _turns(spec, prompt, weight)
-    return {**result, **{s.name: large for s in spec.pipeline if s.kind in LARGE_MODELS}}
-
-
-def _turns(spec: PipelineSpec, prompt: Array, weight: Array) -> Kinds:
-    """Turn j has a context of L_j = prompt + j (osl + growth) tokens, of which hit (L_{j-1} + osl) are still cached."""
-    turns, osl = spec.loop.turns, spec.request.osl
-    turn = np.repeat(np.arange(turns), len(prompt))
-    context = np.tile(prompt, turns) + turn * (osl + spec.loop.growth)
-    before = spec.loop.hit * (context - spec.loop.growth)
-    cached = np.where(turn == 0, spec.request.prefix_hit * context, before)
-    cached = np.minimum(cached, context - 1.0)
-    share = np.tile(weight, turns)
-    return Kinds(
-        sequences=np.ones_like(context),
-        tokens=context - cached,
-        cached=cached,
-        weight=share / turns,
-        first=np.where(turn == 0, share, 0.0),
-        calls=float(turns),
-        share=1.0,
-        output=float(share @ context) / turns,
-    )
+    if d.spread > 1:
+        return "a language model is not spread over copies"
+    ranks, moe = d.tp * d.attention_dp * d.cp, bool(of.moe.all())
+    if not moe:
+        return CUT_DENSE_DP if d.attention_dp > 1 else CUT_DENSE_MOE if d.ep > 1 else None
+    if not of.ep(ep).all():
+        return CUT_EXPERTS
+    if ranks % d.ep:
+        return CUT_STAGE
+    return None if of.moe_tp(ranks // ep).all() else CUT_WIDTH
 
 
 __all__ = ["CONTINUOUS", "CompiledPipeline", "Design", "Kinds", "compile_pipeline", "kinds"]

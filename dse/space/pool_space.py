@@ -10,7 +10,7 @@ import pandas as pd
 from dse.errors import InputError
 from dse.space.compile import CompiledSpace, Constraint, compile_space
 from dse.space.facts import facts
-from dse.space.pools import DEGREES, FFN_GPUS, MICRO_BATCHES, POOLS, WORKERS
+from dse.space.pools import DEGREES, FFN_GPUS, MICRO_BATCHES, NO_STAGES, POOLS, WORKERS
 from dse.space.schema import Disaggregated, PoolAxes, SpaceSpec
 from dse.space.tables import describe
 
@@ -105,6 +105,12 @@ def _pool(spec: SpaceSpec, pools: Disaggregated, name: str, fixed: dict[str, obj
 def _experts(spec: SpaceSpec, pools: Disaggregated, decode: CompiledSpace) -> tuple[tuple[int, int], ...]:
     """GPUs of the experts' own with each number of micro-batches; 0 has no micro-batches."""
     axes, held = pools.decode, int(facts(list(decode.models)).experts_of[0])
+    stages = int(decode.designs.pp.max())
+    if max(axes.ffn_gpus) and stages > 1:
+        raise InputError(
+            f"{spec.where}: disaggregated.decode.pp: {stages} beside ffn_gpus (allowed: 1): {NO_STAGES};"
+            " search pipelines apart, without ffn_gpus"
+        )
     for own in axes.ffn_gpus:
         if own and (not held or held % own):
             what = f"its {held} experts" if held else "a model with experts"
@@ -153,7 +159,7 @@ def describe_pairs(pools: CompiledPools, flat: Array) -> pd.DataFrame:
     decode, own = np.divmod(decode, len(pools.experts))
     rows = {"prefill": describe(pools.prefill, prefill), "decode": describe(pools.decode, decode)}
     workers = np.array(pools.ratios)[ratio]
-    columns: dict[str, object] = {name: rows["decode"][name] for name in _SHARED}
+    columns: dict[str, object] = {name: rows["prefill" if name == "prefix_hit" else "decode"][name] for name in _SHARED}
     for name in ("gpu", "cluster"):
         both = [rows[pool][name].to_numpy() for pool in POOLS]
         columns[name] = [a if a == b else f"{a} + {b}" for a, b in zip(*both, strict=True)]

@@ -25,15 +25,21 @@ DEGREES: Mapping[str, str] = {f"{name}_size": name for name in ("tp", "pp", "att
 # What a pool may have of its own; left out, it is what the row says for both.
 # A decode worker whose attention and FFN are split: GPUs of the experts beside those of attention, and micro-batches.
 FFN_GPUS, MICRO_BATCHES = "decode_ffn_gpus", "decode_micro_batches"
+# Requests that a decode worker's engine runs at most (max_num_seqs, max_batch_size, over its attention-DP ranks).
+MAX_BATCH = "decode_max_batch"
 OWN = ("gpu", "cluster", "weights", "kv", "overlap", "chunk", "eplb_replicas")
 COLUMNS = frozenset(f"{pool}_{what}" for pool in POOLS for what in (WORKERS, *DEGREES, *OWN)) | {
     "kv_transfer",
     FFN_GPUS,
     MICRO_BATCHES,
+    MAX_BATCH,
 }
 # Engines whose decode worker computes the first token again, so that a user sees it one decode step later (vLLM's
 # remote prefill); SGLang and TensorRT-LLM stream the prefill worker's token once the cache has arrived.
 FIRST_STEP = frozenset(("vllm",))
+
+
+NO_STAGES = "attention and FFN on GPUs of their own have no pipeline stages"
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class SplitRow:
     kv_transfer: str
     ffn_gpus: str
     micro_batches: str
+    max_batch: str
 
     def ffn(self, gpus: float) -> dict[str, str]:
         """The experts' GPUs of a decode worker as a row of its own: one rank each."""
@@ -80,6 +87,7 @@ def take_apart(row: Row) -> SplitRow:
         kv_transfer=kind,
         ffn_gpus=row.get(FFN_GPUS, ""),
         micro_batches=row.get(MICRO_BATCHES) or "2",
+        max_batch=row.get(MAX_BATCH, ""),
     )
 
 

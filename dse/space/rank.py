@@ -39,8 +39,9 @@ DESIGN_AXES = (
     "sequence_parallel",
     "microbatches",
     "utilisation",
+    "draft_model",
 )
-LOAD_AXES = ("concurrency", "chunk", "draft_tokens")
+LOAD_AXES = ("concurrency", "chunk", "draft_tokens", "acceptance", "prefix_hit")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ def _whole(unit: str, low: int = 1) -> BeforeValidator:
     return BeforeValidator(lambda value: v.integer(value, unit, low))
 
 
+def _fractions(value: Any) -> Any:
+    return v.numbers(value, partial(v.number, unit="fraction", low=0.0, high=1.0))
+
+
 def _microbatches(value: Any) -> Any:
     items = value if isinstance(value, list) else [value]
     if isinstance(value, Mapping):
@@ -67,6 +71,7 @@ def _texts(value: Any) -> Any:
 Degrees = Annotated[tuple[int, ...] | Literal["auto"], _numbers(auto=True)]
 Whole = Annotated[tuple[int, ...] | None, _numbers()]
 Tokens = Annotated[tuple[int, ...], _numbers("tokens")]
+Fractions = Annotated[tuple[float, ...] | None, BeforeValidator(_fractions)]
 Rules = Annotated[tuple[str, ...] | None, _names(OVERLAPS, "overlap rule")]
 Switch = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, BeforeValidator(_text)]
@@ -103,6 +108,9 @@ class Axes(Strict):
     dispatch: Annotated[tuple[str, ...], _names(DISPATCHES, "dispatch")] = ("auto",)
     eplb_replicas: Annotated[tuple[int, ...], _numbers(low=0)] = (0,)
     draft_tokens: Annotated[tuple[int, ...], _numbers("tokens", low=0)] = (0,)
+    draft_model: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ("none",)  # of its own; none: MTP modules
+    acceptance: Fractions = None  # left out: options.acceptance
+    prefix_hit: Fractions = None  # left out: each workload's
     microbatches: Annotated[tuple[int, ...], BeforeValidator(_microbatches)] = (0,)
     utilisation: Annotated[
         tuple[float, ...],
@@ -184,16 +192,7 @@ class Workload(Strict):
     def _lengths(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        out = dict(data)
-        for name in ("isl", "osl"):
-            given = out.get(name)
-            if isinstance(given, Mapping):
-                for key in given:
-                    if key not in ("mean", "cv"):
-                        raise ValueError(f".{name}: {v.nearest(key, ('mean', 'cv'), 'key of a distribution')}")
-                if "mean" not in given:
-                    raise ValueError(f".{name}: a distribution needs its 'mean'; write {{mean: 1000, cv: 0.8}}")
-                out |= {name: given["mean"], f"{name}_cv": given.get("cv", 0.0)}
+        out = v.lengths(data)
         if isinstance(out.get("trace"), str):
             for name in ("isl", "osl", "isl_cv", "osl_cv", "correlation", "prefix_hit"):
                 if name in out:
@@ -252,14 +251,14 @@ class Disaggregated(Strict):
     @model_validator(mode="after")
     def _loads(self) -> Disaggregated:
         for pool, axes, names in (
-            ("prefill", self.prefill, ("concurrency", "batch", "draft_tokens")),
-            ("decode", self.decode, ("chunk", "batch")),
+            ("prefill", self.prefill, ("concurrency", "batch", "draft_tokens", "draft_model", "acceptance")),
+            ("decode", self.decode, ("chunk", "batch", "draft_model", "prefix_hit")),
         ):
             for name in names:
                 if name in axes.model_fields_set:
-                    other = {"chunk": "the prefill pool's", "batch": "of undivided serving"}.get(
-                        name, "the decode pool's"
-                    )
+                    owners = dict.fromkeys(("chunk", "prefix_hit"), "the prefill pool's")
+                    owners |= dict.fromkeys(("batch", "draft_model"), "of undivided serving")
+                    other = owners.get(name, "the decode pool's")
                     raise ValueError(f".{pool}.{name}: is {other}; leave it out here")
         return self
 

@@ -156,7 +156,7 @@ def _batched() -> Any:
 def estimate_steps(table: pd.DataFrame, coefficients: CoefficientSet | None = None) -> pd.DataFrame:
     """The input columns, `predicted_us` and `reason` (empty where priced): one row in, one row out, same order.
 
-    Read: model, tp, the batch's requests and tokens, kv_tokens_used; with defaults gpu (h100), engine (vllm 0.15),
+    Read: model, tp, the batch's requests and tokens, kv_tokens_used; with defaults gpu (h100), engine (vllm 0.15.1),
     weights, kv, moe_tp, moe_ep, queue_running_depth. Never any time of the row.
     """
     parsed = parse_steps(table)

@@ -11,6 +11,7 @@ import pandas as pd
 from dse.cost.types import CP_METHODS, DISPATCHES, OVERLAPS, Load, Number, Plan
 from dse.errors import InputError
 from dse.space.compile import CompiledSpace, Designs
+from dse.space.drafts import NONE, shared_over
 
 Array = np.ndarray
 
@@ -50,10 +51,25 @@ def plans(compiled: CompiledSpace, designs: Array | slice | None = None) -> Plan
     )
 
 
+def draft_rows(compiled: CompiledSpace) -> tuple[Array, Array, Array] | None:
+    """Of every design its row of `compiled.drafts`, the draft's TP, and 1 where it has one; None where none drafts."""
+    if compiled.drafts is None:
+        return None
+    d, names = compiled.designs, compiled.spec.axes.draft_model
+    tp = np.ones(len(d))
+    for i, entry in enumerate(compiled.models):
+        for k, name in enumerate(names):
+            mine = (d.model == i) & (d.draft_model == k)
+            if name != NONE and mine.any():
+                tp[mine] = shared_over(name, entry, d.tp[mine])
+    return d.model * len(names) + d.draft_model, tp, np.array([name != NONE for name in names])[d.draft_model] * 1.0
+
+
 def loads(compiled: CompiledSpace, points: Array | slice | None = None) -> Load:
     """The loads of some operating points (all by default) under every workload: leaves of shape (Q, W)."""
     rows = slice(None) if points is None else points
     o, w, options = compiled.operating, compiled.workloads, compiled.spec.options
+    searched = compiled.spec.axes.prefix_hit is not None
     shape = (len(o.concurrency[rows]), len(w))
 
     def point(values: Array) -> Array:
@@ -65,12 +81,12 @@ def loads(compiled: CompiledSpace, points: Array | slice | None = None) -> Load:
     return Load(
         isl=kind(w.isl),
         osl=kind(w.osl),
-        prefix_hit=kind(w.prefix_hit),
+        prefix_hit=point(o.prefix_hit) if searched else kind(w.prefix_hit),
         concurrency=point(o.concurrency),
         chunk=point(o.chunk),
         draft_tokens=point(o.draft_tokens),
         static_batch=point(o.static_batch),
-        acceptance=kind(options.acceptance),
+        acceptance=point(o.acceptance),
         waves=kind(options.waves),
     )
 
@@ -115,8 +131,12 @@ def describe(compiled: CompiledSpace, flat: Array | Sequence[int]) -> pd.DataFra
         "gpus": d.gpus[design],
         "replicas": d.replicas[design],
     }
+    if compiled.spec.axes.prefix_hit is not None:
+        columns["prefix_hit"] = o.prefix_hit[q]
     if np.any(o.draft_tokens):
-        columns["acceptance"] = np.full(len(design), compiled.spec.options.acceptance)
+        columns["acceptance"] = o.acceptance[q]
+    if compiled.drafts is not None:
+        columns["draft_model"] = _pick(compiled.spec.axes.draft_model, d.draft_model[design])
     if np.any(d.eplb_replicas):
         columns["eplb_replicas"] = d.eplb_replicas[design]
     return pd.DataFrame(columns, index=pd.RangeIndex(len(design)))

@@ -202,6 +202,21 @@ def trace_means(path: str) -> dict[str, float]:
     }
 
 
+def lengths(data: Mapping[str, Any], names: Sequence[str] = ("isl", "osl")) -> dict[str, Any]:
+    """A workload's keys with every `isl: {mean, cv}` told apart: `isl`, `isl_cv`."""
+    out = dict(data)
+    for name in names:
+        given = out.get(name)
+        if isinstance(given, Mapping):
+            for key in given:
+                if key not in ("mean", "cv"):
+                    raise ValueError(f".{name}: {nearest(key, ('mean', 'cv'), 'key of a distribution')}")
+            if "mean" not in given:
+                raise ValueError(f".{name}: a distribution needs its 'mean'; write {{mean: 1000, cv: 0.8}}")
+            out |= {name: given["mean"], f"{name}_cv": given.get("cv", 0.0)}
+    return out
+
+
 def switches(value: Any) -> tuple[bool, ...]:
     """The values of an on/off axis."""
     items = list(value) if isinstance(value, list | tuple) else [value]

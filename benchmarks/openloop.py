@@ -1,0 +1,242 @@
+"""How far the closed forms of open load are from the step simulator: `python benchmarks/openloop.py [--requests N]`.
+
+Every case is a plan, a distribution of lengths and a coefficient of variation of the gaps, at 20, 50 and 80% of its
+capacity; requests are drawn, served one engine step at a time (`dse.cost.simulate`) and compared. Printed by regime,
+apart for the cases that the forms were developed on and for those that they were not: errors in percent, the mean of
+their sizes and the worst. `noise`: standard error of the simulated mean TTFT in percent, which bounds what can be told.
+Held out loosely: results of those cases were seen while the forms were developed, and one constant (the cap of
+`elastic` in dse/cost/openloop.py) was chosen after one of them (8B a100, talk, bursts of 3 at 80%: 90% off before).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from dse.catalog.coefficients import coefficient_set
+from dse.cli.console import compile_cache
+from dse.cost import lengths as dist
+from dse.cost.evaluate import Scenario
+from dse.cost.goodput import FULLEST, Arrivals, OpenLoop, Slo, open_loop
+from dse.cost.lengths import Lengths
+from dse.cost.memory import memory
+from dse.cost.openloop import most_arrivals, rate_at, replica, resident
+from dse.cost.shard import shard
+from dse.cost.simulate import Requests, simulate
+from dse.cost.types import stack
+from dse.errors import InputError
+from dse.space.cases import Case, parse_cases, scenarios_of
+
+Array = np.ndarray
+UTILISATIONS = (0.2, 0.5, 0.8)
+SEATS = 256  # requests that the simulated engine runs at once on a rank
+SLO = Slo(ttft=0.5, tpot=0.04)
+BATCHES = 20
+
+PLANS: dict[str, dict[str, Any]] = {
+    # developed on
+    "8B": {"model": "Llama-3.1-8B", "gpu": "h100", "chunk": 2048},
+    "8B c512": {"model": "Llama-3.1-8B", "gpu": "h100", "chunk": 512},
+    "70B tp4": {"model": "Llama-3.1-70B", "gpu": "h100", "tp": 4, "weights": "fp8", "chunk": 8192},
+    "Mixtral tp2": {"model": "Mixtral-8x7B", "gpu": "h100", "tp": 2, "chunk": 4096},
+    "70B tp4 pp2": {"model": "Llama-3.1-70B", "gpu": "h100", "tp": 4, "pp": 2, "chunk": 2048},
+    "70B tp2 pp4": {"model": "Llama-3.1-70B", "gpu": "h100", "tp": 2, "pp": 4, "chunk": 4096},
+    "V3 dp8": {"model": "DeepSeek-V3", "gpu": "h200", "attention_dp": 8, "moe_ep": 8, "chunk": 4096},
+    "235B dp4": {
+        "model": "Qwen3-235B-A22B",
+        "gpu": "h200",
+        "weights": "fp8",
+        "attention_dp": 4,
+        "moe_ep": 4,
+        "chunk": 2048,
+    },
+    "30B dp2": {"model": "Qwen3-30B-A3B", "gpu": "h100", "attention_dp": 2, "moe_ep": 2, "chunk": 4096},
+    # held out
+    "32B b200": {"model": "Qwen3-32B", "gpu": "b200", "chunk": 4096},
+    "8B a100": {"model": "Llama-3.1-8B", "gpu": "a100", "chunk": 1024},
+    "oss h200": {"model": "gpt-oss-120b", "gpu": "h200", "tp": 2, "chunk": 8192},
+    "32B pp2": {"model": "Qwen3-32B", "gpu": "a100", "tp": 2, "pp": 2, "chunk": 4096},
+    "235B pp4": {"model": "Qwen3-235B-A22B", "gpu": "h200", "tp": 2, "pp": 4, "moe_tp": 2, "chunk": 2048},
+    "235B dp8": {
+        "model": "Qwen3-235B-A22B",
+        "gpu": "h100",
+        "weights": "fp8",
+        "attention_dp": 8,
+        "moe_ep": 8,
+        "chunk": 4096,
+    },
+    "V3 dp4": {"model": "DeepSeek-V3", "gpu": "b200", "tp": 2, "attention_dp": 4, "moe_ep": 8, "chunk": 8192},
+    "30B dp2 b200": {"model": "Qwen3-30B-A3B", "gpu": "b200", "attention_dp": 2, "moe_ep": 2, "chunk": 2048},
+}
+# isl, osl, their coefficients of variation
+LENGTHS = {
+    "even": (1000.0, 200.0, 0.0, 0.0),
+    "mixed": (1000.0, 200.0, 0.8, 0.8),
+    "long": (4000.0, 300.0, 0.5, 0.5),
+    "chat": (200.0, 300.0, 1.0, 0.8),
+    "code": (2500.0, 150.0, 1.2, 0.6),
+    "talk": (600.0, 400.0, 0.4, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A plan and what it is asked, at three rates."""
+
+    regime: str
+    held_out: bool
+    plan: str
+    lengths: str
+    cv: float = 1.0
+
+
+def pairs() -> list[Pair]:
+    def product(regime: str, held_out: bool, plans: str, lengths: str, cvs: tuple[float, ...] = (1.0,)) -> list[Pair]:
+        names = [(p.strip(), x) for p in plans.split(",") for x in lengths.split()]
+        return [Pair(regime, held_out, p, x, cv) for cv in cvs for p, x in names]
+
+    return [
+        *product("one rank", False, "8B, 8B c512, 70B tp4, Mixtral tp2", "even mixed long chat"),
+        *product("one rank", True, "32B b200, 8B a100, oss h200", "code talk"),
+        *product("bursts", False, "8B, 8B c512, 70B tp4, Mixtral tp2", "even mixed long", (1.5, 2.0, 3.0)),
+        *product("bursts", True, "32B b200, 8B a100, oss h200", "code talk", (1.5, 2.0, 3.0)),
+        *product("pipeline", False, "70B tp4 pp2, 70B tp2 pp4", "even mixed long chat"),
+        *product("pipeline", True, "32B pp2, 235B pp4", "code talk"),
+        *product("attention DP", False, "V3 dp8, 235B dp4, 30B dp2", "even mixed long"),
+        *product("attention DP", True, "235B dp8, V3 dp4, 30B dp2 b200", "code talk"),
+    ]
+
+
+def scenarios(chosen: list[Pair]) -> Scenario:
+    rows = []
+    for pair in chosen:
+        plan = PLANS[pair.plan]
+        isl, osl, *_ = LENGTHS[pair.lengths]
+        rows.append({**plan, "isl": isl, "osl": osl, "concurrency": SEATS * plan.get("attention_dp", 1)})
+    found = parse_cases(pd.DataFrame(rows).astype(str).replace("nan", ""))
+    for pair, row in zip(chosen, found, strict=True):
+        if not isinstance(row, Case):
+            raise InputError(f"{pair.plan}: {row}")
+    return scenarios_of([row for row in found if isinstance(row, Case)], coefficient_set())
+
+
+def closed_form(x: Scenario, lengths: Lengths, share: Any, cv: Any) -> OpenLoop:
+    """At a share of the capacity."""
+    s = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    load = resident(x.load, lengths)
+    held = memory(x.architecture, x.device, x.plan, load, x.coefficients)
+    r = replica(s, load, lengths, held, cv)
+    capacity = rate_at(r, FULLEST * most_arrivals(r)) * r.ranks
+    return open_loop(s, load, lengths, held, Arrivals(rate=share * capacity, cv=cv), SLO)
+
+
+def predicted(chosen: list[Pair], x: Scenario) -> OpenLoop:
+    """[pairs, utilisations]"""
+    nodes = stack([dist.padded(dist.lognormal(*LENGTHS[p.lengths]), dist.NODES) for p in chosen])
+    each = jax.vmap(jax.vmap(closed_form, (None, None, 0, None)), (0, 0, None, 0))
+    options = {"xla_cpu_use_fusion_emitters": False}
+    found = jax.jit(each, compiler_options=options)(x, nodes, np.array(UTILISATIONS), np.array([p.cv for p in chosen]))
+    return jax.tree.map(np.asarray, found)
+
+
+def drawn(chosen: list[Pair], rates: Array, requests: int, seed: int = 1) -> Requests:
+    """Gamma gaps, lognormal lengths: [pairs * utilisations, requests]."""
+    rng = np.random.default_rng(seed)
+
+    def lognormal(mean: float, cv: float) -> Array:
+        variance = np.log1p(cv**2)
+        drawn = rng.lognormal(np.log(mean) - 0.5 * variance, np.sqrt(variance), requests)
+        return np.maximum(np.round(drawn), 1.0)
+
+    arrival, isl, osl = [], [], []
+    for pair, row in zip(chosen, rates, strict=True):
+        for rate in row:
+            mean_in, mean_out, cv_in, cv_out = LENGTHS[pair.lengths]
+            arrival.append(np.cumsum(rng.gamma(1.0 / pair.cv**2, pair.cv**2 / rate, requests)))
+            isl.append(lognormal(mean_in, cv_in))
+            osl.append(lognormal(mean_out, cv_out))
+    count = np.full(len(arrival), requests)
+    lengths = np.array(isl)
+    return Requests(
+        arrival=np.array(arrival), isl=lengths, osl=np.array(osl), prefix=np.zeros_like(lengths), count=count
+    )
+
+
+def simulated(chosen: list[Pair], x: Scenario, rates: Array, requests: int) -> pd.DataFrame:
+    """Mean and percentiles of TTFT and TPOT of each pair and utilisation; warm-up and the end left out."""
+    asked = drawn(chosen, rates, requests)
+    many = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), len(UTILISATIONS), axis=0), x)
+    done = simulate(many, asked, seats=SEATS, workers=2).outcome
+    kept = slice(requests // 8, requests - requests // 20)
+    overhead = np.repeat(np.asarray(x.coefficients.arrival_overhead), len(UTILISATIONS))
+    ttft = (done.first_token - done.arrival + overhead[:, None])[:, kept]
+    answer = asked.osl - 1.0
+    tpot = np.where(answer > 0, (done.finished - done.first_token) / np.maximum(answer, 1.0), np.nan)[:, kept]
+    batches = np.array([part.mean(axis=1) for part in np.array_split(ttft, BATCHES, axis=1)])
+    return pd.DataFrame(
+        {
+            "ttft": ttft.mean(axis=1),
+            "ttft_p50": np.quantile(ttft, 0.5, axis=1),
+            "ttft_p90": np.quantile(ttft, 0.9, axis=1),
+            "ttft_p99": np.quantile(ttft, 0.99, axis=1),
+            "tpot": np.nanmean(tpot, axis=1),
+            "tpot_p90": np.nanquantile(tpot, 0.9, axis=1),
+            "noise": 100.0 * batches.std(axis=0, ddof=1) / np.sqrt(BATCHES) / ttft.mean(axis=1),
+        }
+    )
+
+
+MEASURES = ("ttft", "ttft_p50", "ttft_p90", "ttft_p99", "tpot", "tpot_p90")
+
+
+def compared(chosen: list[Pair], found: OpenLoop, truth: pd.DataFrame) -> pd.DataFrame:
+    """A row a pair and utilisation: errors in percent of the simulated value."""
+    rows = pd.DataFrame([{**vars(p), "load": u} for p in chosen for u in UTILISATIONS])
+    for name in MEASURES:
+        rows[name] = 100.0 * (getattr(found, name).ravel() / truth[name].to_numpy() - 1.0)
+    rows["noise"] = truth["noise"].to_numpy()
+    return rows
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean size of the errors and the worst, by regime."""
+    keys = [rows["held_out"].map({False: "developed", True: "held out"}), rows["regime"], rows["load"]]
+    if (rows["cv"] > 1).any():
+        keys.insert(2, rows["cv"])
+    sizes = rows[list(MEASURES)].abs().groupby(keys)
+    table = sizes.mean().round(1).astype(str) + " (" + sizes.max().round(0).astype(int).astype(str) + ")"
+    return table.assign(cases=sizes.size(), noise=rows.groupby(keys)["noise"].mean().round(1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--requests", type=int, default=5000, help="of each case")
+    parser.add_argument("--regime", help="one of them alone")
+    parser.add_argument("--all", action="store_true", help="every case as well")
+    asked = parser.parse_args()
+    compile_cache()
+    chosen = [p for p in pairs() if asked.regime in (None, p.regime)]
+    started = time.perf_counter()
+    with jax.enable_x64(True):
+        x = scenarios(chosen)
+        found = predicted(chosen, x)
+        middle = time.perf_counter()
+        rows = compared(chosen, found, simulated(chosen, x, found.rate, asked.requests))
+    ended = time.perf_counter()
+    print(
+        f"{len(rows)} cases: closed forms {middle - started:.0f} s with compilation, simulator {ended - middle:.0f} s"
+    )
+    with pd.option_context("display.width", 250, "display.max_rows", None, "display.max_columns", None):
+        if asked.all:
+            print(rows.round(1).to_string(index=False))
+        print(summary(rows).to_string())
+
+
+if __name__ == "__main__":
+    main()

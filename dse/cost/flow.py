@@ -1,0 +1,156 @@
+"""What an iteration of a replica under open load carries: prompt tokens of the requests that came in the last one.
+
+Arrivals are gamma renewals of squared coefficient of variation ca^2; those of an iteration are taken as negative
+binomial (Poisson where ca = 1), by the true dispersion over its length (`queueing.dispersion`).
+Ranks of attention DP step together (`lockstep`), so that an iteration is as long as its slowest rank's.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtr
+
+from dse.cost.iterations import Curve, Replica, flights, pieces_of
+from dse.cost.queueing import any_come, companions, dispersion
+from dse.cost.types import Number, pytree, replace
+from dse.numerics import safe_sqrt
+
+FADE = 4.0  # power of the share of the budget in use with which a saturated prefill evens out what goes into decode
+ROUNDS = 8
+
+
+@pytree
+class Flow:
+    """What an iteration carries at u arrivals an iteration and rank."""
+
+    running: Number  # in decode, a rank
+    varied: Number  # requests in decode that one of them finds beyond the mean, itself included, at constant pace
+    clustered: Number  # variance over mean of the requests that come in an iteration
+    budget: Number  # prompt tokens, at most
+    tokens: Number  # prompt tokens, mean
+    mix: Number  # of those that carry any
+    spread: Number  # their standard deviation, then
+    behind: Number  # share of those that leave prompts behind
+    busy: Number  # share of iterations in which a rank prefills
+    anywhere: Number  # share in which any rank does
+    slowest: Number  # prompt tokens, then, on the rank that has most
+    others: Number  # and on all other ranks
+
+
+def flow_of(x: Replica, u: Number) -> Flow:
+    """As if ranks did not wait for each other: `together` corrects that.
+
+    A request in decode meets, beside the mean, itself and the companions of the burst it came in: Var[n]/n of them.
+    Every piece of a prompt but the last fills its iteration, and so do prompts that come together and exceed it.
+    """
+    n = u * x.mean(x.steps)
+    near, _ = companions(x.arrival_scv, n)
+    varied = jnp.maximum(1.0 + 2.0 * (near - n), 0.0)
+    budget = jnp.maximum(flights(x.sharded.plan) * x.chunk - n * (1.0 + x.draft), 1.0)
+    tokens = u * x.mean(x.prompt)
+    pieces = pieces_of(x, budget)
+    each = x.mean(x.prompt) / x.mean(pieces)
+    clustered = dispersion(x.arrival_scv, u)
+    together = u / any_come(clustered, u)
+    rounds = x.mean(pieces) * (1.0 + (together - 1.0) * jnp.minimum(x.mean(x.prompt) / budget, 1.0) ** 2)
+    mix = jnp.clip(tokens / any_come(clustered, tokens / each), each, budget)
+    sized = x.mean(x.prompt * jnp.minimum(x.prompt, budget)) / x.mean(x.prompt)
+    sized = sized + (clustered - 1.0) * jnp.minimum(x.mean(x.prompt), budget)
+    busy = jnp.minimum(tokens / mix, 1.0 - 1e-6)
+    anywhere = 1.0 - (1.0 - busy) ** x.ranks
+    return Flow(
+        running=n,
+        varied=varied,
+        clustered=clustered,
+        budget=budget,
+        tokens=tokens,
+        mix=mix,
+        spread=safe_sqrt(jnp.minimum((tokens**2 + tokens * sized) / busy, budget * mix) - mix**2),
+        behind=1.0 - (1.0 - (tokens / budget) ** FADE) / rounds,
+        busy=busy,
+        anywhere=anywhere,
+        slowest=mix,
+        others=jnp.maximum(x.ranks * tokens / anywhere - mix, 0.0),
+    )
+
+
+def lockstep(x: Replica) -> bool:
+    """Whether the replica may have ranks that step together: attention DP of a model without experts is only DP."""
+    return any(f.routed is not None for f in x.sharded.ffns)
+
+
+@pytree
+class Slowest:
+    """Prompt tokens of the rank that has most, among ranks with so many pieces in an iteration: Poisson, each on a rank
+    of its own until all ranks have one; from there on a rank's are sums, which vary by the root of their number."""
+
+    tokens: Number  # (n,) ascending
+    chance: Number  # (n,) of each
+    none: Number  # chance that there is no piece
+
+    def beyond(self, own: Number) -> Number:
+        """Expected excess over `own` tokens."""
+        return jnp.sum(jnp.maximum(self.tokens - own[..., None], 0.0) * self.chance, -1)
+
+    @property
+    def moments(self) -> tuple[Number, Number]:
+        """Mean and standard deviation where there is a piece."""
+        mean = jnp.sum(self.tokens * self.chance) / (1.0 - self.none)
+        return mean, safe_sqrt(jnp.sum((self.tokens - mean) ** 2 * self.chance) / (1.0 - self.none))
+
+
+def slowest_of(x: Replica, budget: Number, count: Number, ranks: Number) -> Slowest:
+    """Of `count` pieces on `ranks` ranks. Prompts beyond the budget come as full pieces and a last one, of any size."""
+    pieces = pieces_of(x, budget)
+    single = pieces < 1.5
+    size = jnp.minimum(x.prompt, budget)
+    whole = jnp.where(single, x.weight, 0.0)
+    below = jnp.cumsum(whole) + (1.0 - jnp.sum(whole)) * size / budget
+    below = jnp.where(single, jnp.minimum(below / x.mean(pieces), 1.0), 1.0)
+    each = x.mean(x.prompt) / x.mean(pieces)
+    ranks = jnp.maximum(ranks, 1.0)
+    turns = ranks * jnp.array([1.0, 2.0, 3.0])  # in turn: the fullest rank gets one more from each of these on
+    many = 1.0 + jnp.sum(ndtr((count - turns - 0.5) / jnp.sqrt(count + 0.25)))
+    many = jnp.maximum(many, count / ranks)
+    tokens = jnp.clip(each * many + (size - each) * jnp.sqrt(many), 0.0, budget)
+    none = jnp.exp(-count)
+    at_most = jnp.exp(-count / many * (1.0 - below))
+    return Slowest(tokens=tokens, chance=jnp.diff(at_most, prepend=none), none=none)
+
+
+def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tuple[Flow, Number]:
+    """Iterations in which any of several ranks prefills, and what the rank with most has then; seconds that the others'
+    tokens add to those of the curve.
+
+    What comes in an iteration is prefilled in the next one: after a long one more has come, so that long ones follow
+    each other, and prompts of several ranks share them. Two states, long where any rank prefills: a long one follows a
+    short one with chance a, a long one with b; they are a/(1 - b + a) of all, and each has its share of all pieces.
+    """
+    scv, each = x.arrival_scv * x.ranks, x.mean(x.prompt) / x.mean(pieces_of(x, f.budget))
+    carried = x.mean(pieces_of(x, f.budget)) - 1.0  # iterations that a prompt goes on for after its first
+
+    def long_ones(share: Number) -> tuple[Number, Number, Number]:
+        mean, spread = slowest_of(x, f.budget, x.ranks * f.tokens / each / share, x.ranks).moments
+        mean = jnp.clip(mean, f.tokens / share, f.budget)
+        return mean, spread, curve.other * (jnp.maximum(x.ranks * f.tokens / share - mean, 0.0) - f.others)
+
+    share = f.anywhere
+    for _ in range(ROUNDS):
+        mean, spread, shift = long_ones(share)
+        seconds = curve(jnp.clip(mean + spread * jnp.array([-1.0, 1.0]), 0.0, f.budget)) + shift
+        pace = short + share * jnp.maximum(jnp.mean(seconds) - short, 0.0)
+        come = x.ranks * u / pace
+        counts = come * jnp.append(seconds, short)  # requests that come in an iteration
+        *again, first = any_come(dispersion(scv, counts), counts)
+        again = 0.5 * (again[0] + again[1])
+        carry = -jnp.expm1(-x.ranks * u * carried / share)
+        again = again + (1.0 - again) * carry
+        found = jnp.clip(first / (1.0 - again + first), f.tokens / f.budget, 1.0 - 1e-6)
+        share = jnp.sqrt(share * found)  # it overshoots: longer iterations are fewer in which to arrive
+    mean, spread, shift = long_ones(share)
+    joint = replace(f, anywhere=share, slowest=mean, spread=spread)
+    return jax.tree.map(lambda many, one: jnp.where(x.ranks > 1, many, one), (joint, shift), (f, 0.0))
+
+
+__all__ = ["FADE", "Flow", "Slowest", "flow_of", "lockstep", "slowest_of", "together"]

@@ -1,0 +1,62 @@
+"""Aggregated language models of a pipeline at every rate that their replicas meet, in blocks of one shape."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from dse.cost.evaluate import Scenario
+from dse.cost.pipeline_open import Aggregated, aggregated
+from dse.search.pipeline_stages import at_rows
+from dse.space.pipeline_calls import call_lengths
+from dse.space.pipeline_compile import CompiledPipeline
+
+Array = np.ndarray
+BLOCK = 512  # rows of one call: the program is large, so it is compiled once
+IDLE = 1e-6  # of a design's capacity, found first, at a rate that any serves
+# XLA's fusion emitters double the time to compile a program of this size
+OPTIONS = {"xla_cpu_use_fusion_emitters": False}
+
+
+@cache
+def compiled() -> Any:
+    return jax.jit(jax.vmap(aggregated, (0, None, None, 0)), compiler_options=OPTIONS)
+
+
+def _rows(x: Scenario, nodes: Any, first: Array | None, design: Array, rate: Array) -> Aggregated:
+    parts = []
+    for start in range(0, len(design), BLOCK):
+        index = np.minimum(np.arange(start, start + BLOCK), len(design) - 1)
+        done = compiled()(at_rows(x, design[index]), nodes, first, rate[index])
+        parts.append(at_rows(done, np.arange(min(BLOCK, len(design) - start))))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def aggregated_at(p: CompiledPipeline, x: Scenario, stage: str, design: Array, rate: Array) -> Aggregated:
+    """Leaves (R, N): designs (N,) of a stage, each replica at the calls/s of `rate` (R, N).
+
+    Each design is priced once at each of its rates; where it is not stable, as if nearly idle.
+    """
+    nodes, first = call_lengths(p.spec, p.kinds[stage])
+    every = np.arange(len(p.designs[stage]))
+    idle = _rows(x, nodes, first, every, np.full(len(every), IDLE))
+    capacity = np.asarray(idle.capacity)[design]
+    stable = rate < capacity
+    pairs = np.stack([np.broadcast_to(design, rate.shape)[stable], rate[stable]], axis=1)
+    unique, of = np.unique(pairs, axis=0, return_inverse=True)
+    found = at_rows(idle, np.broadcast_to(design, rate.shape))
+    if len(unique):
+        priced = _rows(x, nodes, first, unique[:, 0].astype(int), unique[:, 1])
+        found = jax.tree.map(lambda a, b: _placed(np.array(a), stable, b[of.ravel()]), found, priced)
+    return Aggregated(**{**vars(found), "stable": stable & found.stable.astype(bool)})
+
+
+def _placed(values: Array, where: Array, new: Array) -> Array:
+    values[where] = new
+    return values
+
+
+__all__ = ["OPTIONS", "aggregated_at", "compiled"]

@@ -1,0 +1,149 @@
+"""The queue before split pools: its closed form against iteration, against an event simulation, and known limits."""
+
+from __future__ import annotations
+
+import heapq
+
+import jax
+import numpy as np
+import pytest
+
+from dse.cost.pool_queue import Journey, best_ratio, boundary, computed, in_flight, met, waiting
+
+
+def test_the_wait_of_one_server_is_that_of_m_d_1() -> None:
+    """queueing.md: D = .1 s at 2, 5, 8 requests/s."""
+    with jax.enable_x64(True):
+        got = [float(waiting(rate, 0.1, 1.0)) for rate in (2.0, 5.0, 8.0)]
+    assert got == pytest.approx([0.0125, 0.05, 0.2], rel=1e-9)
+
+
+def way(c: int, workers: int = 1, q: float = 1.0, f: float = 0.0, chunks: float = 1.0) -> Journey:
+    """A prefill pool of `workers` with c ranks in all, q prompts a full step."""
+    idle, busy, more = 0.3, 0.3 if c == workers else 0.5, 0.0 if q == 1.0 else 0.4
+    full = busy + (q - 1.0) * more
+    return Journey(
+        idle=idle,
+        busy=busy,
+        more=more,
+        full=full,
+        service=full / q,
+        stage=1.0,
+        chunks=chunks,
+        workers=float(workers),
+        servers=float(c),
+        fixed=0.05,
+        travel=0.0,
+        layers=1.0,
+        layerwise=0.0,
+        first_wave=f,
+    )
+
+
+@pytest.mark.parametrize("c", [1, 4, 16])
+@pytest.mark.parametrize("q", [1.0, 2.0, 8.0])
+@pytest.mark.parametrize("f", [0.0, 0.1, 1.0])
+def test_the_closed_form_is_the_fixed_point(c: int, q: float, f: float) -> None:
+    """N found in closed form against N = X TTFT(N) + decoding, iterated."""
+    j, share = way(c, q=q, f=f), way(c, q=q).service / c
+    for rho, decoding in ((0.05, 3.0), (0.5, 40.0), (0.9, 500.0), (0.999, 900.0)):
+        rate = rho / share
+        with jax.enable_x64(True):
+            n, ttft = (float(v) for v in in_flight(j, rate, decoding))
+            others = float(met(j, rate, decoding))
+            own = float(computed(j, others))
+            late, wait = float(boundary(j, others, own)), float(waiting(others, j.service, c)) * others * share
+        x = max(1.0, decoding)
+        for _ in range(20_000):
+            one_step = min(j.idle + (j.busy - j.idle) * (x - 1.0) / max(c - 1.0, 1.0), j.busy)
+            wave = max(j.idle, one_step, min(share * x, 0.5 * (j.full + share * x)))
+            queue = min(wait, 0.5 * share * (x - 1.0))
+            mean = 0.05 + f * wave + (1.0 - f) * (own + late + queue)
+            x = rate * mean + decoding
+        assert n == pytest.approx(x, rel=1e-6)
+        assert ttft == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("c", "workers", "q", "clients", "tolerance"),
+    [
+        (1, 1, 1.0, 24, 0.15),
+        (1, 1, 4.0, 40, 0.15),
+        (4, 1, 1.0, 60, 0.15),
+        (8, 1, 2.0, 100, 0.15),
+        (8, 1, 8.0, 60, 0.20),
+        (8, 1, 8.0, 140, 0.15),
+        (8, 2, 2.0, 120, 0.20),
+        (16, 2, 8.0, 260, 0.15),
+        (3, 3, 1.0, 50, 0.20),
+    ],
+)
+def test_ranks_that_step_together_wait_as_simulated(
+    c: int, workers: int, q: float, clients: int, tolerance: float
+) -> None:
+    """A closed loop of clients, prompts dealt in turn, ranks that start a step together and end it together."""
+    j = way(c, workers, q)
+    ttft, rate, decoding = simulated_pool(j, clients)
+    with jax.enable_x64(True):
+        n, found = (float(v) for v in in_flight(j, min(rate, 0.9999 * c / j.service), decoding))
+    assert found == pytest.approx(ttft, rel=tolerance)
+    assert n == pytest.approx(clients, rel=0.05)
+
+
+def simulated_pool(j: Journey, clients: int, requests: int = 12_000) -> tuple[float, float, float]:
+    """(mean TTFT, requests/s, mean number in decode) past the start; decode takes 8 to 12 s whatever the load."""
+    workers, ranks = int(j.workers), int(j.servers / j.workers)
+    most = round((j.full - j.busy) / j.more) + 1 if j.more else 1
+    rng = np.random.default_rng(0)
+    queues: list[list[list[int]]] = [[[] for _ in range(ranks)] for _ in range(workers)]
+    events = [(float(t), i, "come", i) for i, t in enumerate(rng.uniform(0.0, 10.0, clients))]
+    heapq.heapify(events)
+    came, first, ends = np.zeros(requests), np.zeros(requests), np.zeros(requests)
+    busy, batches, sent, dealt = [False] * workers, [[] for _ in range(workers)], clients, 0
+    while events:
+        now, _, kind, what = heapq.heappop(events)
+        if kind == "come":
+            came[what], worker = now, dealt % workers
+            queues[worker][dealt // workers % ranks].append(what)
+            dealt += 1
+        elif kind == "step":
+            worker, busy[what] = what, False
+            for r in batches[worker]:
+                first[r] = now + j.fixed
+                ends[r] = first[r] + rng.uniform(8.0, 12.0)
+                if sent < requests:
+                    heapq.heappush(events, (ends[r], sent, "come", sent))
+                    sent += 1
+        waiting_ = queues[worker]
+        if not busy[worker] and any(waiting_):
+            taken = [q[:most] for q in waiting_]
+            for q in waiting_:
+                del q[:most]
+            fullest, mean = max(map(len, taken)), sum(map(len, taken)) / ranks
+            present = (mean * ranks - 1.0) / max(ranks - 1.0, 1.0)
+            lasts = j.idle + (j.busy - j.idle) * min(present, 1.0)
+            even = max(mean - 1.0, 0.0)
+            lasts += j.more * (even + (fullest - 1.0 - even) * (j.idle / j.busy if ranks > 1 else 1.0))
+            busy[worker], batches[worker] = True, [r for q in taken for r in q]
+            heapq.heappush(events, (now + lasts, requests + worker, "step", worker))
+    past = slice(requests // 3, requests - clients)
+    span = came[past][-1] - came[past][0]
+    rate = (past.stop - past.start - 1) / span
+    return float((first - came)[past].mean()), rate, rate * float((ends - first)[past].mean())
+
+
+def test_best_ratio_is_the_best_of_all_ratios() -> None:
+    rng = np.random.default_rng(0)
+    rp, rd = rng.uniform(0.5, 20.0, (2, 40))
+    gp, gd = rng.choice([1, 2, 4, 8, 16], (2, 40))
+    p, d, rate = (np.asarray(a) for a in best_ratio(rp, rd, gp, gd, 96.0, most=24))
+    for i in range(40):
+        options = [
+            (min(a * rp[i], b * rd[i]) / (a * gp[i] + b * gd[i]))
+            for a in range(1, 25)
+            for b in range(1, 25)
+            if a * gp[i] + b * gd[i] <= 96
+        ]
+        assert rate[i] == pytest.approx(max(options), rel=1e-5)
+        assert min(p[i] * rp[i], d[i] * rd[i]) / (p[i] * gp[i] + d[i] * gd[i]) == pytest.approx(rate[i], rel=1e-5)
+    assert float(best_ratio(1.0, 1.0, 8.0, 8.0, 15.0)[2]) == 0.0
