@@ -128,6 +128,7 @@ _READ = frozenset(
         *REQUIRED,
         *COUNTS,
         *("cluster", "engine", "engine_version", "weights", "kv", "moe_tp", "moe_ep", "prefix_hit"),
+        "stream_interval",
         *("speculation", "acceptance", "draft_model", "draft_tp", "overlap", "eplb_replicas"),
     )
 )
