@@ -22,7 +22,6 @@ Array = np.ndarray
 # How far a new machine may differ from what is known, as shares of what was doubtful before any run: far more than the
 # machines of a joint fit, whose rows are many and whose models differ too.
 NEW_MACHINE = {"rate": 0.9, "launch": 0.3, "schedule": 0.3, "network": 0.5}
-OWN = 0.2  # standard deviation of the log error that a model has on any machine
 USUAL = ("memory", "kernel_decode", "step_overhead")
 
 
@@ -31,9 +30,7 @@ def few_shot(
 ) -> CoefficientSet:
     """`known` with the coefficients `only` fitted anew for each GPU of the tables, as factors at the GPU's level.
 
-    Their prior is what `known` says of the case, as wide as machines may differ. Robust as the whole fit is. Each model
-    has an error of its own beside, in every time: ten runs are of a few models, and what is wrong of one of them on any
-    machine is no news of this one.
+    Their prior is what `known` says of the case, as wide as machines may differ. Robust as the whole fit is.
     InputError: a coefficient that is not fitted, rows that cannot serve.
     """
     names = [f.name for f in FREE]
@@ -49,21 +46,15 @@ def few_shot(
     logs = [_logs(s, known, names) for s in sources]
     which = [np.array([gpus.index(gpu) for gpu in s.labels["gpu"]]) for s in sources]
 
-    machine = len(gpus) * len(only)
-    model = [np.unique(s.labels["model"], return_inverse=True)[1] for s in sources]
-    owns = [(m.max() + 1, s.measured.shape[1]) for m, s in zip(model, sources, strict=True)]  # (models, times)
-    ends = machine + np.cumsum([0, *(rows * times for rows, times in owns)])
-
     def moved(i: int, x: Array) -> Array:
         shifted = logs[i].copy()
-        shifted[:, place] += (x[:machine].reshape(len(gpus), -1) * spread)[which[i]]
+        shifted[:, place] += (x.reshape(len(gpus), -1) * spread)[which[i]]
         return shifted
 
     def residuals(x: Array) -> Array:
         parts = [x]
         for i, s in enumerate(sources):
-            own = OWN * x[ends[i] : ends[i + 1]].reshape(owns[i])[model[i]]
-            error = (s.log_seconds(moved(i, x)) + own - s.measured) / s.scale * np.sqrt(s.weight)
+            error = (s.log_seconds(moved(i, x)) - s.measured) / s.scale * np.sqrt(s.weight)
             parts.append(error[np.isfinite(s.measured)])
         return np.concatenate(parts)
 
@@ -71,17 +62,12 @@ def few_shot(
         parts = [np.eye(len(x))]
         for i, s in enumerate(sources):
             slope = s.slopes(moved(i, x))[:, :, place] * (spread / s.scale[:, None]) * np.sqrt(s.weight)
-            whole = np.zeros((*slope.shape[:2], len(x)))
-            shared = slope[:, :, None, :] * np.eye(len(gpus))[which[i]][:, None, :, None]
-            whole[:, :, :machine] = shared.reshape(*slope.shape[:2], -1)
-            rows, times = np.indices(slope.shape[:2])
-            column = ends[i] + model[i][rows] * owns[i][1] + times
-            whole[rows, times, column] = (OWN / s.scale * np.sqrt(s.weight))[times]
-            parts.append(whole[np.isfinite(s.measured)])
+            blocks = slope[:, :, None, :] * np.eye(len(gpus))[which[i]][:, None, :, None]
+            parts.append(blocks.reshape(*slope.shape[:2], -1)[np.isfinite(s.measured)])
         return np.concatenate(parts)
 
-    found = least_squares(residuals, np.zeros(ends[-1]), jac=jacobian, loss="soft_l1")
-    factors = np.exp(found.x[:machine].reshape(len(gpus), -1) * spread)
+    found = least_squares(residuals, np.zeros(len(gpus) * len(place)), jac=jacobian, loss="soft_l1")
+    factors = np.exp(found.x.reshape(len(gpus), -1) * spread)
     rows = sum(len(s) for s in sources)
     return replace(
         known,
