@@ -31,6 +31,7 @@ from dse.cost.shard import shard
 from dse.cost.simulate import Requests, simulate
 from dse.cost.types import stack
 from dse.errors import InputError
+from dse.programs import LARGE
 from dse.space.cases import Case, parse_cases, scenarios_of
 
 Array = np.ndarray
@@ -140,8 +141,7 @@ def predicted(chosen: list[Pair], x: Scenario) -> OpenLoop:
     """[pairs, utilisations]"""
     nodes = stack([dist.padded(dist.lognormal(*LENGTHS[p.lengths]), dist.NODES) for p in chosen])
     each = jax.vmap(jax.vmap(closed_form, (None, None, 0, None)), (0, 0, None, 0))
-    options = {"xla_cpu_use_fusion_emitters": False}
-    found = jax.jit(each, compiler_options=options)(x, nodes, np.array(UTILISATIONS), np.array([p.cv for p in chosen]))
+    found = jax.jit(each, compiler_options=LARGE)(x, nodes, np.array(UTILISATIONS), np.array([p.cv for p in chosen]))
     return jax.tree.map(np.asarray, found)
 
 

@@ -7,8 +7,11 @@ from typing import Any
 
 import jax
 
+# XLA's fusion emitters take minutes over a program as large as a Jacobian of the whole model, ten seconds without them;
+# and they double the time to compile those half as large.
+LARGE: dict[str, bool | str] = {"xla_cpu_use_fusion_emitters": False}
 # A quarter of the compile time for programs that run 2 to 20 times longer; the same numbers but for rounding.
-QUICK: dict[str, bool | str] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
+QUICK: dict[str, bool | str] = {"xla_backend_optimization_level": "0", **LARGE}
 FEW = 100_000  # rows that a quickly compiled program prices before an optimised one would be compiled
 
 
@@ -29,4 +32,4 @@ def by_size(kernel: Callable[..., Any]) -> Callable[[Any], Any]:
     return call
 
 
-__all__ = ["by_size", "quick"]
+__all__ = ["LARGE", "QUICK", "by_size", "quick"]

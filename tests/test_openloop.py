@@ -24,6 +24,7 @@ from dse.cost.simulate import Requests, simulate
 from dse.cost.step import Batch, Segment, step
 from dse.cost.types import replace, stack
 from dse.errors import InputError
+from dse.programs import LARGE
 from dse.search.kernel import Questions, tables
 from dse.search.pareto import front
 from dse.search.recheck import recheck
@@ -81,9 +82,8 @@ def _best(x: Scenario, lengths: Lengths, cv: Any, slo: Slo) -> OpenLoop:
 
 
 WIDTH = 16
-OPTIONS = {"xla_cpu_use_fusion_emitters": False}  # compiles in half the time
-AT_SHARE = jax.jit(jax.vmap(_at_share, (None, None, 0, None, None)), compiler_options=OPTIONS)
-BEST = jax.jit(_best, compiler_options=OPTIONS)
+AT_SHARE = jax.jit(jax.vmap(_at_share, (None, None, 0, None, None)), compiler_options=LARGE)
+BEST = jax.jit(_best, compiler_options=LARGE)
 
 
 def at_share(i: int, lengths: Lengths, shares: Any, cv: float = 1.0, slo: Slo = SLO) -> OpenLoop:
@@ -211,7 +211,7 @@ def test_gradients_equal_central_differences() -> None:
         return jnp.stack([at.ttft, at.ttft_p90, at.tpot, at.tpot_p90, at.attainment, top.rate])
 
     with jax.enable_x64(True):
-        both = jax.jit(lambda scale: jax.jvp(outputs, (scale,), (1.0,)), compiler_options=OPTIONS)
+        both = jax.jit(lambda scale: jax.jvp(outputs, (scale,), (1.0,)), compiler_options=LARGE)
         h = 1e-4
         (_, slope), (up, _), (down, _) = both(1.0), both(1.0 + h), both(1.0 - h)
         central = (up - down) / (2 * h)

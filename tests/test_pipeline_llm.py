@@ -18,6 +18,7 @@ from dse.cost.evaluate import Scenario, estimate_open
 from dse.cost.goodput import Demand, Slo
 from dse.cost.shard import shard
 from dse.cost.types import replace
+from dse.programs import QUICK
 from dse.search import pipeline_open
 from dse.search.pipeline_result import search_pipeline
 from dse.search.pipeline_stages import price
@@ -41,15 +42,11 @@ def run(data: dict[str, Any], **options: Any) -> SearchResult:
     return search_pipeline(parse_pipeline(data), C, **options)
 
 
-# A few rows of two large programs: compiled in half the time, though slower then.
-QUICK = {**pipeline_open.OPTIONS, "xla_backend_optimization_level": 0}
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _quickly_compiled() -> Iterator[None]:
     pipeline_open.compiled.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline_open, "OPTIONS", QUICK)
+        patch.setattr(pipeline_open, "LARGE", QUICK)  # a few rows of a large program
         patch.setattr(pipeline_open, "BLOCK", 2)  # and several of them: the last one is padded
         yield
     pipeline_open.compiled.cache_clear()

@@ -20,6 +20,7 @@ from dse.cost.pool_steps import decode_times, prefill_times
 from dse.cost.pools import Split, estimate_split, estimate_split_one
 from dse.cost.shard import shard
 from dse.errors import InputError
+from dse.programs import LARGE
 from dse.space.cases import SplitCase, _records, _split_case, estimate_cases, splits_of
 
 SHARED = Path(__file__).parents[2] / "shared" / "measured"
@@ -248,7 +249,7 @@ def test_gradients_pass_through_the_fixed_point() -> None:
             return np.asarray(1e3) * e.ttft, np.asarray(1e3) * e.tpot, e.request_rate
 
         price = jax.jit(outputs)
-        exact = jax.jit(jax.jacfwd(outputs), compiler_options={"xla_cpu_use_fusion_emitters": False})(1.0)
+        exact = jax.jit(jax.jacfwd(outputs), compiler_options=LARGE)(1.0)
         step = 1e-5
         finite = [(a - b) / (2 * step) for a, b in zip(price(1.0 + step), price(1.0 - step), strict=True)]
     assert [float(v) for v in exact] == pytest.approx([float(v) for v in finite], rel=1e-4)

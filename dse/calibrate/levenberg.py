@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dse.programs import LARGE
+
 Array = np.ndarray
 SCALE = 0.05  # log residual from which a row counts linearly
 MOST_STEPS = 120
@@ -99,7 +101,7 @@ def solver(log_time: Callable[[dict[str, Any], Any], Any], bounds: Bounds) -> So
         x, _, best, _, _ = jax.lax.while_loop(going, step, first)
         return x, best
 
-    compiled = jax.jit(solve, compiler_options={"xla_cpu_use_fusion_emitters": False})
+    compiled = jax.jit(solve, compiler_options=LARGE)
 
     def run(*arguments: Any) -> tuple[Array, float]:
         x, best = compiled(*arguments)

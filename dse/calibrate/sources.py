@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from dse.programs import LARGE
+
 Array = np.ndarray
 # Rows of a source count as at most this many: 899 serving rows are what people ask about, and thousands of single
 # steps or messages, alike and little noisy, would otherwise drown what they say of the coefficients they share.
@@ -75,12 +77,12 @@ def compiled(one: Callable[[Any, Any], Any], inputs: Any) -> Compiled:
     """`predict` and `gradient` of a source: `one` prices a row, (log coefficients (F,), a row of `inputs`) -> (k,).
 
     A row has a few dozen coefficients however many levels there are, so its gradient is taken by those; `fit` spreads
-    it over the levels. XLA's fusion emitters take minutes over a Jacobian of this size; without them it is ten seconds.
+    it over the levels.
     """
     with jax.enable_x64(True):
         rows = jax.tree.map(jnp.asarray, inputs)
     batched = jax.jit(jax.vmap(one))
-    slopes = jax.jit(jax.vmap(jax.jacfwd(one)), compiler_options={"xla_cpu_use_fusion_emitters": False})
+    slopes = jax.jit(jax.vmap(jax.jacfwd(one)), compiler_options=LARGE)
     return {"predict": lambda logs: batched(logs, rows), "gradient": lambda logs: slopes(logs, rows)}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from dse.cost.evaluate import Scenario
 from dse.cost.pipeline_open import Aggregated, aggregated
+from dse.programs import LARGE
 from dse.search.pipeline_stages import at_rows
 from dse.space.pipeline_calls import call_lengths
 from dse.space.pipeline_compile import CompiledPipeline
@@ -17,13 +18,11 @@ from dse.space.pipeline_compile import CompiledPipeline
 Array = np.ndarray
 BLOCK = 512  # rows of one call: the program is large, so it is compiled once
 IDLE = 1e-6  # of a design's capacity, found first, at a rate that any serves
-# XLA's fusion emitters double the time to compile a program of this size
-OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
 @cache
 def compiled() -> Any:
-    return jax.jit(jax.vmap(aggregated, (0, None, None, 0)), compiler_options=OPTIONS)
+    return jax.jit(jax.vmap(aggregated, (0, None, None, 0)), compiler_options=LARGE)
 
 
 def _rows(x: Scenario, nodes: Any, first: Array | None, design: Array, rate: Array) -> Aggregated:
@@ -59,4 +58,4 @@ def _placed(values: Array, where: Array, new: Array) -> Array:
     return values
 
 
-__all__ = ["OPTIONS", "aggregated_at", "compiled"]
+__all__ = ["aggregated_at", "compiled"]
