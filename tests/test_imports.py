@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "dse"
 # From the bottom up. A package may import what stands on a lower row, and itself.
 ROWS = (
-    ("errors", "units", "numerics", "files", "programs"),
+    ("errors", "units", "numerics", "files", "programs", "batches"),
     ("cost.types",),
     ("cost",),
     ("published",),

@@ -173,16 +173,20 @@ def test_exponential_service_is_exact_for_gamma_gaps() -> None:
         assert float(PERCENTILE(one, 0.99)) == pytest.approx(-math.log(0.01 / load) / (1 - load), rel=2e-2)
 
 
-def test_many_servers_against_a_simulation(rng: np.random.Generator) -> None:
-    servers, rate, n = 20, 17.0, 60_000
-    arrivals = np.cumsum(rng.exponential(1.0 / rate, n))
-    service = rng.exponential(1.0, n)
+def _waits_for_many(servers: int, gaps: np.ndarray, service: np.ndarray) -> np.ndarray:
+    """Waits (n,) of one queue before several servers, first come first served, by a heap of when each is free."""
     free = [0.0] * servers
-    waits = np.empty(n)
-    for i, (come, own) in enumerate(zip(arrivals, service, strict=True)):
+    waits = np.empty(len(gaps))
+    for i, (come, own) in enumerate(zip(np.cumsum(gaps), service, strict=True)):
         start = max(heapq.heappop(free), come)
         waits[i] = start - come
         heapq.heappush(free, start + own)
+    return waits
+
+
+def test_many_servers_against_a_simulation(rng: np.random.Generator) -> None:
+    servers, rate, n = 20, 17.0, 60_000
+    waits = _waits_for_many(servers, rng.exponential(1.0 / rate, n), rng.exponential(1.0, n))
     wait = q.many_servers(rate, float(servers), 1.0, 1.0)
     assert float(wait.mean) == pytest.approx(waits[3000:].mean(), rel=0.2)
     assert float(wait.delayed) == pytest.approx((waits[3000:] > 0).mean(), rel=0.2)
@@ -191,14 +195,7 @@ def test_many_servers_against_a_simulation(rng: np.random.Generator) -> None:
 def test_many_servers_under_bursts_wait_more_often(rng: np.random.Generator) -> None:
     """Peakedness of gamma gaps of variation 2 before exponential service: 1 + 3 E[min]/E[S] = 2.5."""
     servers, rate, n = 20, 15.0, 120_000
-    arrivals = np.cumsum(rng.gamma(0.25, 4.0 / rate, n))
-    service = rng.exponential(1.0, n)
-    free = [0.0] * servers
-    waits = np.empty(n)
-    for i, (come, own) in enumerate(zip(arrivals, service, strict=True)):
-        start = max(heapq.heappop(free), come)
-        waits[i] = start - come
-        heapq.heappush(free, start + own)
+    waits = _waits_for_many(servers, rng.gamma(0.25, 4.0 / rate, n), rng.exponential(1.0, n))
     wait = q.many_servers(rate, float(servers), 1.0, 2.5, 2.5)
     plain = q.many_servers(rate, float(servers), 1.0, 2.5)
     truth = waits[3000:].mean()

@@ -20,6 +20,7 @@ from dse.audit.price import ONE, Desk, plan_of
 from dse.audit.quantity import digits, said
 from dse.audit.time_claims import context_limit
 from dse.audit.types import Bound, Layout, Nearest, Targets, Variant
+from dse.batches import in_blocks
 from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Estimate, Scenario, estimate
 from dse.cost.types import Level, Load, Topology, replace, stack
@@ -220,13 +221,8 @@ def _priced(desk: Desk, found: list[Candidate]) -> Outcome:
         for c, isl in rows
     ]
     with jax.enable_x64(True):
-        batch = stack(scenarios)
-        parts = []
-        for start in range(0, len(rows), BLOCK):
-            index = np.minimum(np.arange(start, start + BLOCK), len(rows) - 1)
-            result = estimate(jax.tree.map(lambda leaf, i=index: leaf[i], batch))
-            parts.append(jax.tree.map(np.asarray, result))
-    whole: Estimate = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(rows)].reshape(2, -1), *parts)
+        priced = in_blocks(estimate, stack(scenarios), block=BLOCK, least=BLOCK)
+    whole: Estimate = jax.tree.map(lambda leaf: leaf.reshape(2, -1), priced)
     gpus = np.array([c.layout.gpus for c in found])
     size = np.array([c.batch for c in found])
     prompts = np.array(w.prompt)[:, None]

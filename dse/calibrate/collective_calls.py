@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from dse.batches import at_rows
 from dse.catalog import hardware
 from dse.catalog.precision import DISPATCH_QUANTISED
 from dse.catalog.schema import GpuEntry
@@ -190,7 +190,8 @@ def _gathered(topologies: list[Topology]) -> Topology:
     row = {key: i for i, key in enumerate(places)}
     batch = stack([hardware.pad_levels(t, deepest) for t in places.values()])
     index = np.array([row[id(t)] for t in topologies])
-    return jax.tree.map(lambda leaf: leaf[index], batch)
+    gathered: Topology = at_rows(batch, index)
+    return gathered
 
 
 def _node(topologies: list[Any]) -> Array:

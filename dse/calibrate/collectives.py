@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from dse.batches import at_rows
 from dse.calibrate.collective_calls import Calls, Exchange, Transfer, exchanges, log_seconds, transfers
 from dse.calibrate.nccl_tests import read_nccl_tests
 from dse.calibrate.parameters import apply
@@ -100,7 +101,7 @@ def estimate_collectives(
             batch = stack([chosen.of(g.generation, g.name) for g in dict.fromkeys(calls.gpus)])
             place = {g.name: i for i, g in enumerate(dict.fromkeys(calls.gpus))}
             rows = np.array([place[g.name] for g in calls.gpus])
-            own = jax.tree.map(lambda leaf: leaf[rows], batch)
+            own = at_rows(batch, rows)
             seconds[calls.keep] = np.exp(np.asarray(_priced(own, calls.inputs)))
     columns = {name: seconds[:, i] / kind.unit for i, name in enumerate(kind.predicted)}
     return table.assign(**columns, reason=calls.reasons)
@@ -181,7 +182,7 @@ def read_collectives(table: pd.DataFrame | str | Path, kind: str) -> CollectiveR
         labels=_labels(gpus),
         metrics=how.measured,
         measured=np.log(times[good]),
-        inputs=jax.tree.map(lambda leaf: leaf[inside], calls.inputs),
+        inputs=at_rows(calls.inputs, inside),
         refused=refused,
     )
 

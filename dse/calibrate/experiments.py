@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from dse.batches import in_blocks
 from dse.calibrate.observations import TPOT_SCALE, TTFT_SCALE, log_ttft_tpot
 from dse.calibrate.parameters import FREE
 from dse.calibrate.run import Calibration
@@ -159,13 +160,10 @@ _gradient = quick(jax.vmap(jax.jacfwd(log_ttft_tpot)))
 
 def _slopes(cases: Sequence[Case], known: CoefficientSet) -> Array:
     """d log (TTFT, TPOT) / d log coefficient (n, 2, F); an answer of one token has no TPOT."""
-    padded = max(LEAST_ROWS, 1 << (len(cases) - 1).bit_length())
-    index = np.minimum(np.arange(padded), len(cases) - 1)
     values = [known.of(*case.keys.values()) for case in cases]
     logs = np.log([[float(getattr(c, f.name)) for f in FREE] for c in values])
     with jax.enable_x64(True):
-        scenarios = jax.tree.map(lambda leaf: np.asarray(leaf)[index], scenarios_of(cases, known))
-        slopes = np.array(_gradient(logs[index], scenarios))[: len(cases)]
+        slopes: Array = in_blocks(_gradient, logs, scenarios_of(cases, known), least=LEAST_ROWS)
     slopes[np.array([case.load.osl for case in cases]) <= 1.0, 1] = 0.0
     return slopes
 

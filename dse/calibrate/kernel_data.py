@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from dse.batches import at_rows
 from dse.catalog.kernel_coefficients import KERNELS, KernelSet
 from dse.cost.attention_kernels import context_attention, context_mla, generation_attention, generation_mla
 from dse.cost.kernels import experts, gemm
@@ -117,7 +118,7 @@ def shapes(cases: KernelCases) -> Array:
 
 
 def subset(cases: KernelCases, keep: Array) -> KernelCases:
-    part = jax.tree.map(lambda leaf: leaf[keep], (cases.case, cases.device))
+    part = at_rows((cases.case, cases.device), keep)
     labels = {name: getattr(cases, name)[keep] for name in ("gpu", "generation", "precision", "rows")}
     return replace(cases, case=part[0], device=part[1], **labels)
 

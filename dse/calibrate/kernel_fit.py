@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dse.batches import at_rows
 from dse.calibrate.kernel_bounds import BOUNDS, SWITCHES
 from dse.calibrate.kernel_data import FORMULAS, KernelData
 from dse.calibrate.levenberg import Solver, solver
@@ -179,7 +180,7 @@ class Fitter:
         weight = np.zeros(size)
         weight[: len(rows)] = share * [len(rows) / len(count) / count[name] for name in gpu]
         switch = {name: np.concatenate([v, np.full(size - len(rows), v[0])]) for name, v in held.items()}
-        case, device = jax.tree.map(lambda leaf: leaf[padded], (self.data.cases.case, self.data.cases.device))
+        case, device = at_rows((self.data.cases.case, self.data.cases.device), padded)
         with jax.enable_x64(True):
             return self.solve((switch, case, device), self.data.log_time[padded], weight, start, centre, stiffness)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dse.batches import at_rows, in_blocks
 from dse.cost.types import Architecture
 from dse.errors import InputError, unknown
 from dse.numerics import pick
@@ -32,19 +33,12 @@ _DEEPSEEK = re.compile(
 )
 
 
-def in_blocks(function: Callable[..., Any], rows: int, *trees: Any) -> Any:
-    """`function` of batches, in float64, padded to powers of two so that few shapes are ever compiled."""
-    parts = []
-    if rows == 0:  # the result's structure, of no rows
-        empty = in_blocks(function, 1, *jax.tree.map(lambda leaf: np.ones(1), trees))
-        return jax.tree.map(lambda leaf: leaf[:0], empty)
+def _priced(function: Callable[..., Any], rows: int, *trees: Any) -> Any:
+    """`function` of batches of so many rows, in float64; of none the result's structure."""
+    if rows == 0:
+        return at_rows(_priced(function, 1, *jax.tree.map(lambda leaf: np.ones(1), trees)), slice(0))
     with jax.enable_x64(True):
-        for start in range(0, rows, BLOCK):
-            count = min(BLOCK, rows - start)
-            index = np.minimum(np.arange(start, start + max(16, 1 << (count - 1).bit_length())), rows - 1)
-            result = function(*jax.tree.map(lambda leaf, i=index: leaf[i], trees))
-            parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], result))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        return in_blocks(function, *trees, block=BLOCK)
 
 
 def _usable(cells: Cells, tree: Any) -> Any:
@@ -116,7 +110,7 @@ def shallowsim_decode(cells: Cells, find: Find) -> Columns:
 
 def _run(cells: Cells, function: Callable[..., Any], *trees: Any) -> Columns:
     """Columns of the usable rows, named after the result's fields."""
-    table = in_blocks(function, int(cells.usable.sum()), *(_usable(cells, tree) for tree in trees))
+    table = _priced(function, int(cells.usable.sum()), *(_usable(cells, tree) for tree in trees))
     return {field.name: getattr(table, field.name) for field in fields(table)}
 
 
@@ -291,7 +285,7 @@ def corrected_roofline(cells: Cells, find: Find) -> Columns:
         step,
         cr.Beta(**beta),
     )
-    features, seconds = in_blocks(cr.evaluate, int(cells.usable.sum()), *(_usable(cells, tree) for tree in inputs))
+    features, seconds = _priced(cr.evaluate, int(cells.usable.sum()), *(_usable(cells, tree) for tree in inputs))
     timed = [f.name for f in fields(features) if f.name != "requests"]
     return {
         **{f"{name}_us": getattr(features, name) / US for name in timed},
@@ -321,11 +315,11 @@ def distserve(cells: Cells, find: Find) -> Columns:
     cells.refuse((batch < 0) & (batch != -1.0), lambda i: f"batch: {batch[i]:g} is out of range (allowed: from 0)")
     case = ds.Case(tp_prefill=tp_p, pp_prefill=pp_p, tp_decode=tp_d, pp_decode=pp_d, isl=isl, osl=osl, rate=rate)
     usable, rows = cells.usable, int(cells.usable.sum())
-    served: ds.Served = in_blocks(ds.serve, rows, _usable(cells, case))
+    served: ds.Served = _priced(ds.serve, rows, _usable(cells, case))
     asked, per_request, tp, pp = _usable(cells, (batch, context, tp_d, pp_d))
     running = np.where(asked >= 0, asked, served.batch / pp)
     finite = np.isfinite(running)
-    step = in_blocks(over_rows(_decode_one), rows, np.where(finite, running, 0.0), per_request, tp, pp)
+    step = _priced(over_rows(_decode_one), rows, np.where(finite, running, 0.0), per_request, tp, pp)
     for i, row in enumerate(np.nonzero(usable)[0]):
         if not served.stable[i]:
             cells.notes[row] = _unstable(float(served.utilisation[i]), float(rate[row]))

@@ -22,7 +22,7 @@ from dse.cost.goodput import Demand
 from dse.cost.shard import Sharded, shard
 from dse.cost.types import Architecture, Device, Draft, Load, Number, Plan, Precision, Topology, pytree
 from dse.programs import quick
-from dse.search.metrics import MARGIN, VALUE, WORST, margins, signed
+from dse.search.metrics import MARGIN, VALUE, WORST, margins, relative_excess, signed
 from dse.search.pareto import spread, staircase
 from dse.space.compile import CompiledSpace
 from dse.space.metrics import OPEN
@@ -243,9 +243,7 @@ def judge(estimate: Estimate, weights: Number, bounds: Number, asked: Questions)
     ]
     excess = [jnp.max(estimate.memory.total / estimate.memory.usable) - 1.0]
     for i, (metric, op) in enumerate(asked.constraints):
-        value = VALUE[metric](estimate)
-        over, unit = (value - bounds[i], bounds[i]) if op == "max" else (bounds[i] - value, value)
-        excess.append(jnp.max(over / jnp.where(unit > 0, unit, 1.0)))
+        excess.append(jnp.max(relative_excess(VALUE[metric](estimate), op, bounds[i], jnp.where)))
     return jnp.stack(objectives), jnp.stack(excess)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from dse.space.metrics import METRICS, OPEN
 from dse.units import GIB, MS
 
@@ -38,6 +40,15 @@ MARGIN = MappingProxyType({name: 0.0 if name == "gpus" else 1e-3 if name in OPEN
 def signed(objectives: Sequence[tuple[str, str]]) -> list[float]:
     """+1 to minimise, -1 to maximise."""
     return [1.0 if direction == "min" else -1.0 for _, direction in objectives]
+
+
+def relative_excess(value: Any, op: str, bound: Any, where: Callable[..., Any] = np.where) -> Any:
+    """How far a metric breaks a bound (`op` max or min): at most 0 is met; `where` is `jnp.where` in a trace.
+
+    In units of the bound (max) or of the value (min) where that is positive, else of the metric.
+    """
+    over, unit = (value - bound, bound) if op == "max" else (bound - value, value)
+    return over / where(unit > 0, unit, 1.0)
 
 
 def margins(objectives: Sequence[tuple[str, str]]) -> list[float]:

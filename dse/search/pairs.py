@@ -15,7 +15,7 @@ from dse.cost.pools import Delivered, delivered, journey
 from dse.cost.types import Load, Number, pytree
 from dse.errors import InputError
 from dse.search.kernel import Goals, Points, Questions, rows_of, sift
-from dse.search.metrics import VALUE, signed
+from dse.search.metrics import VALUE, relative_excess, signed
 from dse.search.pool_workers import DecodeWorkers, PrefillWorkers
 from dse.space.pool_space import CompiledPools
 
@@ -99,11 +99,7 @@ def pair_kernel(asked: Questions, p: PrefillWorkers, d: DecodeWorkers, job: Job,
         ]
         excess = [jnp.maximum(jnp.maximum(one.excess, other.excess), found.supply)]
         for i, (metric, op) in enumerate(asked.constraints):
-            value = value_of(metric, found)
-            over, unit = (
-                (value - target.bounds[i], target.bounds[i]) if op == "max" else (target.bounds[i] - value, value)
-            )
-            excess.append(over / jnp.where(unit > 0, unit, 1.0))
+            excess.append(relative_excess(value_of(metric, found), op, target.bounds[i], jnp.where))
         return jnp.stack(values), jnp.stack(excess)
 
     objectives, excess = jax.vmap(jax.vmap(point, (None, 0)), (0, None))(down, across)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dse.batches import at_rows
 from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Scenario
 from dse.cost.pipeline import Batched, Continuous, Load, Part, batched_part, pool_load, running, slowed
@@ -25,7 +26,7 @@ from dse.cost.pipeline_tails import Cumulants, of_wait
 from dse.cost.pools import link
 from dse.cost.types import replace
 from dse.search.pipeline_open import aggregated_at
-from dse.search.pipeline_stages import Priced, at_rows
+from dse.search.pipeline_stages import Priced
 from dse.search.pipeline_tails import cumulants
 from dse.space.pipeline import DELAYS, PipelineSpec, StageSpec
 from dse.space.pipeline_compile import CompiledPipeline

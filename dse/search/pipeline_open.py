@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from dse.batches import at_rows, in_blocks
 from dse.cost.evaluate import Scenario
 from dse.cost.pipeline_open import Aggregated, aggregated
 from dse.programs import LARGE
-from dse.search.pipeline_stages import at_rows
 from dse.space.pipeline_calls import call_lengths
 from dse.space.pipeline_compile import CompiledPipeline
 
@@ -26,12 +26,11 @@ def compiled() -> Any:
 
 
 def _rows(x: Scenario, nodes: Any, first: Array | None, design: Array, rate: Array) -> Aggregated:
-    parts = []
-    for start in range(0, len(design), BLOCK):
-        index = np.minimum(np.arange(start, start + BLOCK), len(design) - 1)
-        done = compiled()(at_rows(x, design[index]), nodes, first, rate[index])
-        parts.append(at_rows(done, np.arange(min(BLOCK, len(design) - start))))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    def priced(some: Scenario, at: Array) -> Aggregated:
+        return compiled()(some, nodes, first, at)
+
+    found: Aggregated = in_blocks(priced, at_rows(x, design), rate, block=BLOCK, least=BLOCK)
+    return found
 
 
 def aggregated_at(p: CompiledPipeline, x: Scenario, stage: str, design: Array, rate: Array) -> Aggregated:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import platform
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -20,12 +18,12 @@ from dse.catalog.precision import served_formats
 from dse.cost.coefficients import Coefficients
 from dse.cost.types import stack
 from dse.errors import InputError
-from dse.search.metrics import signed
+from dse.search.metrics import relative_excess, signed
 from dse.search.pareto import front
 from dse.search.pipeline import Met, Pool, edges, lines, meet, pools_at, transfer
 from dse.search.pipeline_stages import Priced, price
 from dse.search.pipeline_tails import percentile
-from dse.search.result import Binding, SearchResult
+from dse.search.result import Binding, SearchResult, provenance
 from dse.space.pipeline import DELAYS, LARGE_MODELS, PipelineSpec, StageSpec
 from dse.space.pipeline_compile import CompiledPipeline, Design, compile_pipeline
 from dse.units import GIB, HOUR, MS
@@ -210,7 +208,7 @@ def _result(
         for op, value in (("max", bound.max), ("min", bound.min))
         if value is not None
     ]
-    over = np.array([_excess(rows[name].to_numpy(float), op, bound) for name, op, bound in limits]).reshape(
+    over = np.array([relative_excess(rows[name].to_numpy(float), op, bound) for name, op, bound in limits]).reshape(
         -1, len(rows)
     )
     passed = np.cumprod(over <= 1e-12, axis=0).sum(axis=1) if limits else np.zeros(0)
@@ -260,10 +258,7 @@ def _result(
         least=least,
         binding=binding,
         run={
-            "space": {**spec.model_dump(mode="json"), "workloads": [_workload(spec)]},
-            "seed": None,
-            "versions": {name: version(name) for name in ("dse", "jax", "numpy", "optuna", "moocore")},
-            "python": platform.python_version(),
+            **provenance({**spec.model_dump(mode="json"), "workloads": [_workload(spec)]}, seed=None),
             "stages": [s.name for s in spec.pipeline if s.kind not in DELAYS],
         },
     )
@@ -278,12 +273,6 @@ def _places(p: CompiledPipeline, stages: Any) -> Any:
 
 def _workload(spec: PipelineSpec) -> dict[str, float]:
     return {"isl": spec.request.isl, "osl": spec.request.osl, "prefix_hit": spec.request.prefix_hit}
-
-
-def _excess(value: Array, op: str, bound: float) -> Array:
-    """Relative excess over a bound; at most 0 is met."""
-    over, unit = (value - bound, bound) if op == "max" else (bound - value, value)
-    return np.asarray(over / np.where(np.asarray(unit) > 0, unit, 1.0))
 
 
 __all__ = ["coefficients_of", "frame", "search_pipeline"]

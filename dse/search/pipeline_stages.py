@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dse.batches import at_rows, in_blocks
 from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Scenario
 from dse.cost.lengths import NODES
@@ -44,20 +45,14 @@ class Priced:
     cache: Array  # bytes of a cached element, which two pools must agree on; 0: no cache
 
 
-def at_rows(tree: Any, index: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[index], tree)
-
-
 @cache
 def _compiled(function: Any) -> Any:
     return jax.jit(jax.vmap(function))
 
 
 def _each(function: Any, *trees: Any) -> Any:
-    """`function` of every row, rows padded to a power of two: few shapes, few compilations."""
-    count = len(jax.tree.leaves(trees)[0])
-    index = np.minimum(np.arange(max(256, 1 << (count - 1).bit_length())), count - 1)
-    return at_rows(_compiled(function)(*at_rows(trees, index)), np.arange(count))
+    """`function` of every row."""
+    return in_blocks(_compiled(function), *trees, least=256)
 
 
 def _machine_parts(p: CompiledPipeline, c: Coefficients, stage: str, index: Array) -> dict[str, Any]:

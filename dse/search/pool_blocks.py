@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dse.batches import at_rows
 from dse.cost.coefficients import Coefficients
 from dse.cost.collectives import Line
 from dse.cost.pools import layer_count, link
@@ -121,12 +122,12 @@ def arrange(pools: CompiledPools, t: tuple[Tables, Tables], prune: bool) -> tupl
     if prune:
         members = np.flatnonzero(alive[0])
         best = np.zeros(len(alive[0]), bool)
-        best[members[dominant(jax.tree.map(lambda leaf: leaf[members], p), groups[0].of[members])]] = True
+        best[members[dominant(at_rows(p, members), groups[0].of[members])]] = True
         cut(0, CUT_DOMINATED, best)
     arranged = [g.arranged(a) for g, a in zip(groups, alive, strict=True)]
     table = Table(
-        prefill=jax.tree.map(lambda leaf: leaf[arranged[0][0]], p),
-        decode=jax.tree.map(lambda leaf: leaf[arranged[1][0]], d),
+        prefill=at_rows(p, arranged[0][0]),
+        decode=at_rows(d, arranged[1][0]),
         orders=(arranged[0][0], arranged[1][0]),
         groups=(arranged[0][1], arranged[1][1]),
     )
@@ -140,12 +141,7 @@ def _ratios(pools: CompiledPools, a: Key, b: Key) -> list[int]:
 
 def cached_layers(t: tuple[Tables, Tables]) -> float:
     """Layers whose cache travels: of the one model that pools serve."""
-    return float(compiled(layer_count)(_row(t[1].architectures, 0)))
-
-
-def _row(table: Any, index: Any) -> Any:
-    """Rows of a table, on the host."""
-    return jax.tree.map(lambda leaf: leaf[index], table)
+    return float(compiled(layer_count)(at_rows(t[1].architectures, 0)))
 
 
 def _line_kernel(
@@ -160,8 +156,8 @@ def lines_between(
     """(fixed, a byte) of the way between two machines for a deployment's GPUs, each asked for once."""
     distinct = list(dict.fromkeys(wanted))
     a, b, gpus, apart, free = (np.array(x) for x in zip(*distinct, strict=True))
-    ends = (_row(t[0].topologies, a), _row(t[1].topologies, b))
-    c = (_row(t[0].coefficients, (a, 0)), _row(t[1].coefficients, (b, 0)))  # what a link costs is no model's
+    ends = (at_rows(t[0].topologies, a), at_rows(t[1].topologies, b))
+    c = (at_rows(t[0].coefficients, (a, 0)), at_rows(t[1].coefficients, (b, 0)))  # what a link costs is no model's
     found = compiled(_line_kernel)(ends, c, gpus * 1.0, apart * 1.0, free * 1.0)
     known = dict(
         zip(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from dse.batches import at_rows, in_blocks
 from dse.cost.coefficients import Coefficients
 from dse.cost.collectives import Line
 from dse.cost.pools import Split, SplitEstimate, Transfer, estimate_split_one
@@ -87,10 +88,9 @@ def recheck_pairs(
             some = where[start : start + RECHECKED]
             index = np.resize(some, RECHECKED)
             experts = (chosen[index, 0], chosen[index, 1]) if split else None
-            part = compiled(_exact_kernel)(t, *jax.tree.map(lambda leaf, i=index: leaf[i], batch), experts)
+            part = compiled(_exact_kernel)(t, *at_rows(batch, index), experts)
             places.append(some)
-            count = len(some)
-            parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], part))
+            parts.append(at_rows(part, slice(len(some))))
     back = np.argsort(np.concatenate(places))
     exact = jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *parts)
     described = describe_pairs(pools, flat)
@@ -118,10 +118,7 @@ def _users(
     at = [
         place[i][np.searchsorted(table.orders[i], pair[i], sorter=place[i])] for i in range(2)
     ]  # positions in the arranged tables
-    sides = (
-        jax.tree.map(lambda leaf: leaf[at[0]], table.prefill),
-        jax.tree.map(lambda leaf: leaf[at[1]], table.decode),
-    )
+    sides = at_rows(table.prefill, at[0]), at_rows(table.decode, at[1])
     machine = [
         s.designs.machine[pair[i] // (len(s.operating) * own)].tolist()
         for i, (s, own) in enumerate(((pools.prefill, 1), (pools.decode, len(pools.experts))))
@@ -145,10 +142,8 @@ def _users(
         layers=n * cached_layers(t),
         load=Load(isl=n * t[1].isl[0], osl=n * t[1].osl[0], concurrency=n, chunk=n),
     )
-    size = max(16, 1 << (len(n) - 1).bit_length())
-    index = np.minimum(np.arange(size), len(n) - 1)
-    padded = jax.tree.map(lambda leaf: np.broadcast_to(leaf, len(n))[index], (*sides, job))
-    found = jax.tree.map(lambda leaf: np.asarray(leaf)[: len(n)], compiled(_users_kernel)(*padded))
+    each = jax.tree.map(lambda leaf: np.broadcast_to(leaf, len(n)), (*sides, job))
+    found = in_blocks(compiled(_users_kernel), *each)
     values = [
         sign * value_of(metric, found)
         for (metric, _), sign in zip(asked.objectives, signed(asked.objectives), strict=True)

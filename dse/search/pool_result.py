@@ -11,7 +11,7 @@ import pandas as pd
 
 from dse.cost.coefficients import Coefficients
 from dse.errors import InputError
-from dse.search.metrics import signed
+from dse.search.metrics import relative_excess, signed
 from dse.search.pareto import distinct, front
 from dse.search.pool_recheck import recheck_flat
 from dse.search.pools import Met, pair_all
@@ -43,7 +43,7 @@ def _result(
 ) -> SearchResult:
     ok = np.ones(len(rows), bool)
     if len(rows):
-        broken = [_excess(rows[x.metric].to_numpy(float), x.op, x.bound) > 1e-12 for x in pools.constraints]
+        broken = [relative_excess(rows[x.metric].to_numpy(float), x.op, x.bound) > 1e-12 for x in pools.constraints]
         ok = rows["feasible"].to_numpy(bool) & ~np.any([~ok, *broken], axis=0)
     rows = rows[ok].assign(ties=met.front.ties[ok], serving=SPLIT).reset_index(drop=True)
     values = _rounded(values[ok])
@@ -81,12 +81,6 @@ def _result(
     )
 
 
-def _excess(value: np.ndarray, op: str, bound: float) -> np.ndarray:
-    """Relative excess over a bound; at most 0 is met."""
-    over, unit = (value - bound, np.full_like(value, bound)) if op == "max" else (bound - value, value)
-    return np.asarray(over / np.where(unit > 0, unit, 1.0))
-
-
 def _least(
     pools: CompiledPools, c: tuple[Coefficients, Coefficients], flat: int
 ) -> tuple[pd.DataFrame, tuple[Binding, ...]]:
@@ -99,7 +93,7 @@ def _least(
     broken = [
         Binding(metric=metric, value=float(row[metric].iloc[0]), op=op, bound=bound)
         for metric, op, bound in limits
-        if _excess(row[metric].to_numpy(float), op, bound)[0] > 0
+        if relative_excess(row[metric].to_numpy(float), op, bound)[0] > 0
     ]
     return row.assign(serving=SPLIT), tuple(broken)
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from dse.batches import in_blocks
 from dse.cost.coefficients import Coefficients
 from dse.search.kernel import Questions, compiled_points, goals, tables
 from dse.space.columns import columns, mean_over_mix
@@ -35,22 +36,19 @@ class Rechecked:
 
 def recheck(space: CompiledSpace, coefficients: Coefficients, flat: np.ndarray) -> Rechecked:
     """Price points by flat index in float64."""
+    if not len(flat):
+        empty = np.zeros((0, 0))
+        return Rechecked(indices=flat, objectives=empty, excess=empty, rows=pd.DataFrame())
     asked = Questions.of(space)
     rows, points = split(space, flat)
     with jax.enable_x64(True):
         table = jax.device_put(tables(space, coefficients, np.float64))
         bounds = goals(space, np.float64).bounds
         kernel = compiled_points(asked)
-        parts = []
-        for start in range(0, len(rows), BLOCK):
-            chosen = np.resize(np.arange(start, min(start + BLOCK, len(rows))), BLOCK)
-            part = kernel(table, rows[chosen].astype(np.int32), points[chosen].astype(np.int32), bounds)
-            count = min(BLOCK, len(rows) - start)
-            parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], part))
-    if not parts:
-        empty = np.zeros((0, 0))
-        return Rechecked(indices=flat, objectives=empty, excess=empty, rows=pd.DataFrame())
-    estimate, objectives, excess = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        where = rows.astype(np.int32), points.astype(np.int32)
+        estimate, objectives, excess = in_blocks(
+            lambda row, point: kernel(table, row, point, bounds), *where, block=BLOCK, least=BLOCK
+        )
     return Rechecked(
         indices=flat, objectives=_rounded(objectives), excess=excess, rows=_frame(space, flat, estimate, points, rows)
     )

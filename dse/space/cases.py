@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from dse.batches import at_rows, in_blocks
 from dse.catalog import hardware
 from dse.catalog.align import align
 from dse.catalog.coefficients import LEVELS, CoefficientSet, version_key
@@ -253,7 +254,7 @@ def _price(cases: Sequence[Case], coefficients: CoefficientSet, intervals: bool 
     """All cases in one batch of one structure."""
     with jax.enable_x64(True):
         scenarios = scenarios_of(cases, coefficients)
-        whole = _in_blocks(estimate, scenarios, len(cases))
+        whole = in_blocks(estimate, scenarios, block=BLOCK)
     concurrency = np.array([case.load.concurrency for case in cases])
     priced = columns(whole, concurrency, np.array([case.plan["attention_dp"] for case in cases]))
     if intervals:
@@ -262,23 +263,11 @@ def _price(cases: Sequence[Case], coefficients: CoefficientSet, intervals: bool 
     return {**priced, "coefficients": np.array(known, dtype=object)}
 
 
-def _in_blocks(price: Callable[[Any], Any], batch: Any, rows: int) -> Any:
-    """A batch priced in blocks padded to powers of two, so that few shapes are ever compiled."""
-    parts = []
-    for start in range(0, rows, BLOCK):
-        count = min(BLOCK, rows - start)
-        size = max(16, 1 << (count - 1).bit_length())
-        index = np.minimum(np.arange(start, start + size), rows - 1)
-        result = price(jax.tree.map(lambda leaf, i=index: leaf[i], batch))
-        parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], result))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
 def _price_split(cases: Sequence[SplitCase], coefficients: CoefficientSet) -> dict[str, np.ndarray]:
     """All split deployments in one batch; `coefficients` says the levels that spoke for each pool."""
     with jax.enable_x64(True):
         splits = splits_of(cases, coefficients)
-        priced = pools.split_columns(_in_blocks(estimate_split, splits, len(cases)))
+        priced = pools.split_columns(in_blocks(estimate_split, splits, block=BLOCK))
     known = [
         " | ".join(dict.fromkeys(coefficients.known(*case.keys.values()) for case in (split.prefill, split.decode)))
         for split in cases
@@ -312,7 +301,7 @@ def scenarios_of(cases: Sequence[Case], coefficients: CoefficientSet) -> Scenari
             first.setdefault(key(case), case)
         place = {k: i for i, k in enumerate(first)}
         index = np.array([place[key(case)] for case in cases])
-        return jax.tree.map(lambda leaf: leaf[index], make(list(first.values())))
+        return at_rows(make(list(first.values())), index)
 
     n = len(cases)
     plan = {name: np.array([c.plan[name] for c in cases]) for name in cases[0].plan}
@@ -356,7 +345,7 @@ def _drafts(cases: Sequence[Case]) -> Draft | None:
     index = np.array([place[name, entry.name] for name, entry in pairs])
     table = draft_table(list(first.values()))
     return Draft(
-        architecture=jax.tree.map(lambda leaf: leaf[index], table),
+        architecture=at_rows(table, index),
         tp=np.array([c.draft[1] if c.draft else 1.0 for c in cases]),
         present=np.array([float(c.draft is not None) for c in cases]),
     )

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from dse.batches import in_blocks
 from dse.catalog.coefficients import CoefficientSet
 from dse.cost import lengths as dist
 from dse.cost.evaluate import Scenario, estimate_open
@@ -134,14 +135,7 @@ def _price(cases: list[Case], coefficients: CoefficientSet, asked: Asked) -> dic
     with jax.enable_x64(True):
         scenarios = scenarios_of(cases, coefficients)
         demand = stack([Demand(lengths=x, slo=asked.slo, cv=asked.cv) for x in nodes])
-        parts = []
-        for start in range(0, len(cases), BLOCK):
-            count = min(BLOCK, len(cases) - start)
-            size = max(16, 1 << (count - 1).bit_length())
-            index = np.minimum(np.arange(start, start + size), len(cases) - 1)
-            done = _batched()(*jax.tree.map(lambda leaf, i=index: np.asarray(leaf)[i], (scenarios, demand)))
-            parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], done))
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        whole = in_blocks(_batched(), scenarios, demand, block=BLOCK)
     return _columns(cases, whole, coefficients, asked)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dse.batches import in_blocks
 from dse.catalog.coefficients import CoefficientSet
 from dse.catalog.uncertainty import METRICS, Uncertainty
 from dse.cost.evaluate import Scenario, estimate_one
@@ -76,15 +77,12 @@ def interval_columns(
 
 def log_slopes(scenarios: Scenario, names: tuple[str, ...]) -> Array:
     """d log (TTFT, TPOT, output rate) / d log coefficient of every row: (n, 3, names), float64."""
-    n = len(np.asarray(scenarios.load.concurrency))
-    parts = []
+    if not len(np.asarray(scenarios.load.concurrency)):
+        return np.zeros((0, len(METRICS), len(names)))
     with jax.enable_x64(True):
         whole = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), scenarios)
-        for start in range(0, n, BLOCK):
-            rows = np.resize(np.arange(start, min(start + BLOCK, n)), BLOCK)
-            part = _slopes(names)(jax.tree.map(lambda leaf, r=rows: leaf[r], whole))
-            parts.append(np.asarray(part)[: min(BLOCK, n - start)])
-    return np.concatenate(parts) if parts else np.zeros((0, len(METRICS), len(names)))
+        slopes: Array = in_blocks(_slopes(names), whole, block=BLOCK, least=BLOCK)
+    return slopes
 
 
 @lru_cache(maxsize=4)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
+from dse.batches import at_rows
 from dse.catalog.hardware import gpu, gpus, to_device
 from dse.catalog.kernel_coefficients import KERNELS
 from dse.catalog.schema import GpuEntry
@@ -181,7 +181,7 @@ def read_cases(op: str, table: pd.DataFrame) -> KernelCases:
     return KernelCases(
         op=op,
         case=_case(op, {name: values[rows] for name, values in numbers.items()}, operands),
-        device=jax.tree.map(lambda leaf: leaf[code], devices),
+        device=at_rows(devices, code),
         gpu=np.array([found.name for found in machines], dtype=object),
         generation=np.array([found.generation for found in machines], dtype=object),
         precision=np.array([found.fitted for found in operands], dtype=object),

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from dse.batches import in_blocks
 from dse.catalog import hardware
 from dse.catalog.coefficients import CoefficientSet
 from dse.catalog.models import model
@@ -114,11 +115,17 @@ def placement_table(asked: PlacementAsked, coefficients: CoefficientSet) -> pd.D
             same_node=table["same_node"].to_numpy(float),
             across=table["pp_across"].to_numpy(float),
         )
+
+        def priced(top: float) -> Placed:
+            one = _batched(asked.jointly)
+            found: Placed = in_blocks(lambda some: one(some, lengths, slo, top), pairs, block=BLOCK)
+            return found
+
         top = TOP
-        found = _blocks(pairs, len(table), lengths, slo, top, asked.jointly)
+        found = priced(top)
         while np.max(found.per_gpu) > 0.999 * top:
             top *= 16.0
-            found = _blocks(pairs, len(table), lengths, slo, top, asked.jointly)
+            found = priced(top)
     columns = _columns(found)
     columns["reason"] = _reasons(found, float(np.max(lengths.isl)))
     whole = pd.concat([table, pd.DataFrame(columns)], axis=1)
@@ -165,19 +172,6 @@ def _cases(asked: PlacementAsked, table: pd.DataFrame, pool: str) -> list[Case]:
 def _batched(jointly: bool) -> Any:
     one = jax.vmap(lambda x, lengths, slo, top: place(x, lengths, slo, top, jointly), (0, None, None, None))
     return jax.jit(one)
-
-
-def _blocks(pairs: Pair, rows: int, lengths: Any, slo: Slo, top: float, jointly: bool) -> Placed:
-    parts = []
-    for start in range(0, rows, BLOCK):
-        count = min(BLOCK, rows - start)
-        size = max(16, 1 << (count - 1).bit_length())
-        index = np.minimum(np.arange(start, start + size), rows - 1)
-        some = jax.tree.map(lambda leaf, i=index: np.asarray(leaf)[i], pairs)
-        done = _batched(jointly)(some, lengths, slo, top)
-        parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], done))
-    result: Placed = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-    return result
 
 
 def _columns(found: Placed) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 import pandas as pd
 
+from dse.batches import at_rows
 from dse.cost.types import CP_METHODS, DISPATCHES, OVERLAPS, Load, Number, Plan
 from dse.errors import InputError
 from dse.space.compile import CompiledSpace, Designs
@@ -40,7 +40,7 @@ def plans(compiled: CompiledSpace, designs: Array | slice | None = None) -> Plan
         moe_tp=column("moe_tp"),
         moe_ep=column("moe_ep"),
         replicas=column("replicas"),
-        precision=jax.tree.map(lambda leaf: leaf[index], compiled.precisions),
+        precision=at_rows(compiled.precisions, index),
         sequence_parallel=used("sequence_parallel"),
         cp_method=column("cp_method") if np.any(d.cp > 1) else None,
         dispatch=used("dispatch"),
