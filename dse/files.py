@@ -1,4 +1,4 @@
-"""Outputs that appear whole: written beside their place under another name, then renamed."""
+"""Outputs that appear whole: written beside their place under another name, then renamed. Tables as they are read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dse.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEEPEST = 50  # levels of a YAML file
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
@@ -66,6 +72,85 @@ def output_directory(path: str | Path) -> Path:
     return path
 
 
+def output_file(path: str | Path) -> None:
+    """Raises InputError where no file can be written: worth asking before a long run."""
+    path = Path(path)
+    if _is_stream(path):
+        return
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; name a file in it")
+    try:
+        probe = path.resolve().with_name(f".{secrets.token_hex(8)}.tmp")
+        _write(probe, b"")
+        probe.unlink()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unwritable(path, error) from None
+
+
+def read_csv(path: str | Path, what: str = "a CSV file", **options: Any) -> pd.DataFrame:
+    """`pandas.read_csv` of a table with a header; `what` is the remedy.
+
+    Raises InputError where the file cannot be read, a column stands twice, or rows have more cells than the header
+    (pandas would rename the one, and take the first cells of the other as an index).
+    """
+    import pandas as pd
+
+    _readable(Path(path), what)
+    try:
+        table = pd.read_csv(path, **options)
+        first = {**options, "header": None, "nrows": 1, "dtype": str, "keep_default_na": False}
+        head = pd.read_csv(path, **first) if Path(path).is_file() else table.columns.to_frame().T  # a pipe is read once
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{path}: is empty; give {what} with a line of column names") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: cannot be read as CSV ({reason}); give {what}, as UTF-8 text") from None
+    names = [name.strip() for name in head.iloc[0]]
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise InputError(f"{path}: column {twice[0]!r} stands twice; keep one")
+    if not isinstance(table.index, pd.RangeIndex):
+        raise InputError(
+            f"{path}: rows have more cells than the header, which names {len(names)} columns; name every column, and "
+            "quote cells that hold a comma"
+        )
+    return table
+
+
+def read_parquet(path: str | Path) -> pd.DataFrame:
+    """A parquet table, or one InputError."""
+    import pandas as pd
+
+    _readable(Path(path), "a CSV or parquet file")
+    try:
+        return pd.read_parquet(path)
+    except ImportError:
+        raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'dse[parquet]', or give CSV") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
+
+
+def _readable(path: Path, what: str) -> None:
+    if path.is_dir():
+        raise InputError(f"{path}: cannot be read (it is a directory); give {what}")
+    if not path.exists():
+        raise InputError(f"{path}: does not exist; give {what}")
+
+
+def refuse_deep_yaml(text: str, where: str) -> None:
+    """Raises InputError where a YAML text nests deeper than DEEPEST: its loader recurses, and the C one crashes."""
+    import yaml
+
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise InputError(f"{where}: nested too deeply (allowed: {DEEPEST} levels); is it the right file?")
+    except yaml.YAMLError:
+        return  # the loader says what is wrong
+
+
 def _write(path: Path, raw: bytes) -> None:
     """A new file with the usual permissions, on disk when this returns."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
@@ -83,4 +168,12 @@ def _unwritable(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: cannot be written: {reason}; choose another place, or free space and permissions")
 
 
-__all__ = ["atomic_write", "atomic_write_all", "output_directory"]
+__all__ = [
+    "atomic_write",
+    "atomic_write_all",
+    "output_directory",
+    "output_file",
+    "read_csv",
+    "read_parquet",
+    "refuse_deep_yaml",
+]

@@ -120,12 +120,37 @@ def test_estimate_answers_bad_rows_with_exit_code_0(monkeypatch, capsys, tmp_pat
         (("estimate", "CASES", "-o", "x.csv", "--coefficients", "fitted"), ["fitted", "physics"]),
         (("import-model", "missing.json"), ["missing.json"]),
         (("import-model", "CASES"), ["cases.csv"]),
+        (("import-model", "deep.json"), ["deep.json", "not valid JSON"]),
+        (("import-model", "deep.yaml"), ["deep.yaml", "nested too deeply"]),
+        (("estimate", "CASES", "-o", "x.csv", "--coefficients", "deep.yaml"), ["deep.yaml", "nested too deeply"]),
+        (("kernels", "gemm", "CASES", "-o", "x.csv", "--coefficients", "deep.yaml"), ["deep.yaml", "nested"]),
+        (("estimate", "empty.csv", "-o", "x.csv"), ["empty.csv", "is empty", "column names"]),
+        (("estimate", "folder", "-o", "x.csv"), ["folder", "is a directory", "CSV"]),
+        (("estimate", "twice.csv", "-o", "x.csv"), ["twice.csv", "'isl' stands twice"]),
+        (("estimate", "wide.csv", "-o", "x.csv"), ["wide.csv", "more cells than the header", "4 columns"]),
+        (("kernels", "gemm", "folder.parquet", "-o", "x.csv"), ["folder.parquet", "is a directory"]),
+        (("goodput", "WRONG", "-o", "x.csv"), ["model, gpu", "missing"]),
+        (("goodput", "CASES", "-o", "x.csv", "--crossover", "folder"), ["folder", "is a directory"]),
+        (("traffic", "WRONG", "-o", "x.csv"), ["model, gpu", "missing"]),
+        (("experiments", "WRONG", "--budget", 10, "--out", "next"), ["model, gpu", "missing"]),
+        (("replay", "trace.csv", "CASES", "--out", "results", "--ttft-ms", "nan"), ["ttft_ms: nan", "above 0"]),
+        (("replay", "trace.csv", "CASES", "--out", "results", "--tpot-ms", "-1"), ["tpot_ms: -1", "above 0"]),
+        (("calibrate", "CASES", "-o", "no/such/dir/c.yaml"), ["c.yaml", "cannot be written"]),
+        (("check", "empty.csv"), ["empty.csv", "a written plan names at least model"]),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(monkeypatch, capsys, space, tmp_path, args, words):
     (tmp_path / "cases.csv").write_text(CASES)
     (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
     (tmp_path / "binary.csv").write_bytes(b"\x00\xff\xfe\x80" * 50)
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "twice.csv").write_text("model,gpu,isl,osl,isl\nLlama-3.1-8B,h100,1,2,3\n")
+    (tmp_path / "wide.csv").write_text("model,gpu,isl,osl\nLlama-3.1-8B,h100,1024,256,1\n")
+    (tmp_path / "trace.csv").write_text("arrival_s,input_tokens,output_tokens\n0,100,10\n")
+    for name in ("deep.json", "deep.yaml"):
+        (tmp_path / name).write_text("[" * 100_000)
+    for name in ("folder", "folder.parquet"):
+        (tmp_path / name).mkdir()
     named = {"SPACE": space, "CASES": "cases.csv", "WRONG": "wrong.csv", "BINARY": "binary.csv"}
     monkeypatch.chdir(tmp_path)
     before = {p.name for p in tmp_path.iterdir()}

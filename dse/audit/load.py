@@ -20,11 +20,13 @@ from dse.space.load import problem, together
 from dse.space.yaml_file import parse_yaml, read_text
 from dse.units import GIB, RATES
 
+LEAST = "a written plan names at least model, gpu and workload"
+
 
 def load_plan(path: str | Path) -> WrittenPlan:
     """The plan in a YAML file."""
     path = Path(path)
-    return parse_plan(parse_yaml(read_text(path), str(path)), str(path))
+    return parse_plan(parse_yaml(read_text(path), str(path), LEAST), str(path))
 
 
 def parse_plan(mapping: Mapping[str, Any], where: str = "plan") -> WrittenPlan:

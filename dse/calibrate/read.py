@@ -12,6 +12,7 @@ import pandas as pd
 from dse.calibrate.logs import FORMATS, checked, is_log, load_json, read_log, sidecar
 from dse.calibrate.sources import Refusal
 from dse.errors import InputError
+from dse.files import read_csv, read_parquet
 
 SERVING, STEPS, COLLECTIVES, NCCL_TESTS = "serving", "steps", "collectives", "nccl_tests"
 # Columns that tell a table: all of a set must be there. Of two that fit, the one with more columns counts.
@@ -83,7 +84,7 @@ def _read(path: Path, given: Mapping[str, str]) -> tuple[str, pd.DataFrame, list
     if not path.is_file():
         raise InputError(f"{path}: {'is a directory' if path.is_dir() else 'does not exist'}; give a file")
     if path.suffix == ".parquet":
-        return *_table(path, _filled(_parquet(path), path, given)), []
+        return *_table(path, _filled(read_parquet(path), path, given)), []
     start = path.read_bytes()[:4096].decode("utf-8-sig", errors="replace").lstrip()
     if start[:1] in ("{", "["):
         return _log(path, given)
@@ -135,24 +136,10 @@ def _table(path: Path, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
 
 def _csv(path: Path) -> pd.DataFrame:
     try:
-        head = pd.read_csv(path, nrows=0)
-        serving = "measured_tpot_ms" in head.columns
-        frame = pd.read_csv(path, dtype=str if serving else None)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _cannot_tell(path, f"cannot be read as CSV ({reason})") from None
-    if frame.columns.has_duplicates:
-        raise InputError(f"{path}: column {frame.columns[frame.columns.duplicated()][0]!r} stands twice; keep one")
-    return frame
-
-
-def _parquet(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except ImportError:
-        raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'dse[parquet]'") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
+        serving = "measured_tpot_ms" in read_csv(path, nrows=0).columns
+        return read_csv(path, dtype=str if serving else None)
+    except InputError as error:
+        raise _cannot_tell(path, str(error).removeprefix(f"{path}: ")) from None
 
 
 def _cannot_tell(path: Path, why: str) -> InputError:

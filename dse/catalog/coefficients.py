@@ -21,6 +21,7 @@ import yaml
 from dse.catalog.uncertainty import Uncertainty, read_uncertainty
 from dse.cost.coefficients import Coefficients
 from dse.errors import InputError, unknown
+from dse.files import refuse_deep_yaml
 
 PHYSICS = "physics"  # the cited defaults of `cost.coefficients`
 BEST = "measured"  # the set used where none is named
@@ -113,9 +114,11 @@ def _shipped(name: str) -> CoefficientSet:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({_first_line(error)}); give a YAML file") from None
+    refuse_deep_yaml(text, str(path))
+    return text
 
 
 def read(name: str, where: str, text: str) -> CoefficientSet:

@@ -27,6 +27,7 @@ from dse.cost.attention_kernels import (
 )
 from dse.cost.kernels import ExpertsKernel, GemmKernel
 from dse.errors import InputError, unknown
+from dse.files import refuse_deep_yaml
 
 KERNELS: Mapping[str, type] = MappingProxyType(
     {
@@ -111,9 +112,11 @@ def _shipped() -> KernelSet:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a YAML file") from None
+    refuse_deep_yaml(text, str(path))
+    return text
 
 
 def read(name: str, where: str, text: str) -> KernelSet:

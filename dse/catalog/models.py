@@ -14,6 +14,7 @@ import yaml
 from dse.catalog.model_schema import MixerSpec, ModelEntry, parse
 from dse.cost.types import Architecture, Core, FeedForward, Gemm, Indexer, Mixer, Routed, State
 from dse.errors import InputError, unknown
+from dse.files import refuse_deep_yaml
 
 FOLDER = Path(__file__).parent / "models"
 # Words of a checkpoint's name that say how it was trained or stored, not what shape it has.
@@ -102,8 +103,9 @@ def _load(text: str, path: Path) -> Any:
     try:
         if path.suffix == ".json":
             return json.loads(text)
+        refuse_deep_yaml(text, str(path))
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
         raise InputError(f"{path}: not valid {kind}: {' '.join(str(error).split())}") from None
 

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from dse.errors import InputError
+from dse.files import refuse_deep_yaml
 
 File = TypeVar("File", bound=BaseModel)
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -154,6 +155,7 @@ def read(path: Path, model: type[File]) -> File:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a YAML file in UTF-8") from None
+    refuse_deep_yaml(text, str(path))
     return parse(text, model, str(path))
 
 

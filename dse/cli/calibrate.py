@@ -49,10 +49,11 @@ def calibrate(
     from dse.calibrate.run import to_yaml
     from dse.catalog.coefficients import coefficient_set
     from dse.errors import InputError
-    from dse.files import atomic_write
+    from dse.files import atomic_write, output_file
 
     if only is not None and known is None:
         raise InputError("--only: goes with --from SET, whose other coefficients are kept")
+    output_file(out)  # before the work, not after
     compile_cache()
     tables = read_files(observations, parse_given(given or []))
     if known is not None:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dse.errors import InputError
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -81,18 +79,9 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """A table as text cells; one message where the file itself is unusable."""
-    import pandas as pd
+    from dse.files import read_csv
 
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: does not exist; give a CSV file") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: cannot be read as CSV ({reason})") from None
-    if table.columns.has_duplicates:
-        raise InputError(f"{path}: column {table.columns[table.columns.duplicated()][0]!r} stands twice; keep one")
-    return table
+    return read_csv(path, dtype=str)
 
 
 def dicts(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -111,7 +100,12 @@ def refusals(refused: Any) -> None:
 def write_csv(table: pd.DataFrame, path: Path, digits: int = 9) -> None:
     from dse.files import atomic_write
 
-    atomic_write(path, table.to_csv(index=False, float_format=f"%.{digits}g"))
+    atomic_write(path, csv_text(table, digits))
+
+
+def csv_text(table: pd.DataFrame, digits: int = 9) -> str:
+    """A table as `write_csv` writes it."""
+    return str(table.to_csv(index=False, float_format=f"%.{digits}g"))
 
 
 def width() -> int | None:

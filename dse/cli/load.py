@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dse.cli.console import CoefficientSet, Out, app, compile_cache, progress, read_csv, width, write_csv
+from dse.cli.console import CoefficientSet, Out, app, compile_cache, csv_text, progress, read_csv, width
 
 
 @app.command()
@@ -84,12 +84,14 @@ def goodput(
 ) -> None:
     """Find the goodput of deployments: the most requests a second that enough of which meet their targets."""
     from dse.catalog.coefficients import coefficient_set
-    from dse.files import atomic_write
+    from dse.files import atomic_write_all, output_file
     from dse.report.crossover import html
     from dse.space.goodput import Asked, crossings, goodput_cases
     from dse.space.traces import read_trace
 
     compile_cache()
+    for path in (out, *([crossover] if crossover else [])):
+        output_file(path)  # before the work, not after
     asked = Asked(
         ttft_ms=ttft_ms,
         tpot_ms=tpot_ms,
@@ -102,9 +104,7 @@ def goodput(
     )
     rows, chosen = read_csv(cases), coefficient_set(coefficients)
     result = goodput_cases(rows, chosen, asked)
-    page = None if crossover is None else html(crossings(rows, chosen))
-    write_csv(result, out)
-    if crossover is not None and page is not None:
-        atomic_write(crossover, page)
+    pages = {} if crossover is None else {crossover: html(crossings(rows, chosen))}
+    atomic_write_all({out: csv_text(result), **pages})
     without = int((result["reason"] != "").sum())
     typer.echo(f"{out}: {len(result)} rows" + (f", {without} without a goodput (see `reason`)" if without else ""))

@@ -41,18 +41,9 @@ def kernels(
 def _read(path: Path) -> pd.DataFrame:
     if path.suffix.lower() != ".parquet":
         return read_csv(path)
-    import pandas as pd
+    from dse.files import read_parquet
 
-    from dse.errors import InputError
-
-    try:
-        return pd.read_parquet(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: does not exist; give a CSV or parquet file") from None
-    except ImportError:
-        raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'dse[parquet]', or give CSV") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
+    return read_parquet(path)
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

@@ -76,10 +76,6 @@ def estimate_cases(cases: pd.DataFrame, coefficients: CoefficientSet, intervals:
     missing. Rows that cannot be priced have `feasible` False and a `reason`. `intervals`: also the ends between which
     90% of measurements are to lie (`ttft_ms_low`, `ttft_ms_high`, ...; split deployments have none).
     """
-    missing = [name for name in REQUIRED if name not in cases.columns]
-    if missing:
-        what = f"column{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
-        raise InputError(f"cases: {what} missing (required: {', '.join(REQUIRED)})")
     rows = [_parse(row, _any_case) for row in _records(cases)]
     whole = [i for i, row in enumerate(rows) if isinstance(row, Case)]
     split = [i for i, row in enumerate(rows) if isinstance(row, SplitCase) and row.ffn is None]
@@ -113,12 +109,19 @@ def columns_of_nothing() -> Iterable[str]:
 
 
 def parse_cases(cases: pd.DataFrame) -> list[Case | str]:
-    """Each row looked up, or why it cannot be priced; undivided deployments only."""
+    """Each row looked up, or why it cannot be priced; undivided deployments only.
+
+    Raises InputError where required columns are missing.
+    """
     return [_parse(row, _case) for row in _records(cases)]
 
 
 def _records(cases: pd.DataFrame) -> list[dict[str, str]]:
-    """Rows as text, missing cells as ""; whole numbers lose a spurious `.0`."""
+    """Rows as text, missing cells as "". Raises InputError where required columns are missing."""
+    missing = [name for name in REQUIRED if name not in cases.columns]
+    if missing:
+        what = f"column{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        raise InputError(f"cases: {what} missing (required: {', '.join(REQUIRED)})")
     known = [name for name in cases.columns if name in _READ or name in pools.COLUMNS]
     text = cases[known].astype(object).where(cases[known].notna(), "")
     return [{str(k): str(v).strip() for k, v in row.items()} for row in text.to_dict("records")]

@@ -21,7 +21,7 @@ from dse.cost.queueing import crossover
 from dse.cost.shard import shard
 from dse.cost.types import stack
 from dse.errors import InputError
-from dse.space.cases import REQUIRED, Case, parse_cases, scenarios_of
+from dse.space.cases import Case, parse_cases, scenarios_of
 from dse.space.columns import open_columns
 from dse.space.traces import Trace
 from dse.units import GIB, MS
@@ -87,9 +87,6 @@ def goodput_cases(cases: pd.DataFrame, coefficients: CoefficientSet, asked: Aske
     if asked.trace is not None:
         table["isl"] = str(max(round(float(asked.trace.input_tokens.mean())), 1))
         table["osl"] = str(max(round(float(asked.trace.output_tokens.mean())), 1))
-    missing = [name for name in REQUIRED if name not in table.columns]
-    if missing:
-        raise InputError(f"cases: column {', '.join(missing)} missing (required: {', '.join(REQUIRED)})")
     rows = [_seated(row, given) for row, given in zip(parse_cases(table), _given(table), strict=True)]
     valid = [i for i, row in enumerate(rows) if isinstance(row, Case)]
     found = _price([row for row in rows if isinstance(row, Case)], coefficients, asked) if valid else {}

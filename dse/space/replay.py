@@ -122,6 +122,9 @@ def replay(
         raise unknown("policy", policy, [AUTO, *POLICIES], "policy")
     if seats < 1:
         raise InputError(f"seats: {seats} is out of range (allowed: whole numbers from 1)")
+    for name, target in (("ttft_ms", ttft_ms), ("tpot_ms", tpot_ms)):
+        if target is not None and not 0.0 < target < np.inf:
+            raise InputError(f"{name}: {target:g} is out of range (allowed: finite numbers above 0)")
     missing = [name for name in ("model", "gpu") if name not in plans.columns]
     if missing or not len(plans):
         what = f"column {missing[0]} missing" if missing else "no plans"

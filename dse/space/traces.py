@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dse.errors import InputError
+from dse.files import read_csv
 
 Array = np.ndarray
 
@@ -89,15 +90,8 @@ def read_trace(path: str | Path) -> Trace:
 
 def _table(path: Path) -> pd.DataFrame:
     """The file's cells as text; one message where the file itself is unusable."""
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: does not exist; give a trace, a CSV file") from None
-    except pd.errors.EmptyDataError:
-        raise InputError(f"{path}: is empty; a trace has a header and at least one row") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: cannot be read as CSV ({reason})") from None
+    what = f"a trace (CSV of {ARRIVAL}, {', '.join(LENGTHS)})"
+    table = read_csv(path, what, dtype=str, keep_default_na=False, skip_blank_lines=False)
     blank = (table == "").all(axis=1).to_numpy()
     while len(blank) and blank[-1]:  # blank lines at the end are no requests
         blank = blank[:-1]
@@ -108,8 +102,6 @@ def _column(
     path: str | Path, table: pd.DataFrame, name: str, low: float, high: float = MOST_TOKENS, whole: bool = True
 ) -> Array:
     """A column as numbers, every one finite and in range (whole where it counts tokens)."""
-    if f"{name}.1" in table.columns:  # how pandas calls a second one
-        raise InputError(f"{path}: column {name!r} stands twice; keep one")
     values = np.array(pd.to_numeric(table[name].str.strip(), errors="coerce"), np.float64)
     bad = ~(np.isfinite(values) & (values >= low) & (values <= high))
     if whole:

@@ -16,7 +16,7 @@ from dse.cost.serving import accepted_tokens
 from dse.cost.traffic import KINDS, Traffic, traffic_of
 from dse.cost.types import Number
 from dse.errors import InputError
-from dse.space.cases import REQUIRED, Case, parse_cases, scenarios_of
+from dse.space.cases import Case, parse_cases, scenarios_of
 from dse.units import GB
 
 
@@ -43,9 +43,6 @@ def traffic_cases(cases: pd.DataFrame, coefficients: CoefficientSet) -> pd.DataF
     the row's `concurrency` reaches, as `estimate` has it. Bad rows have a `reason`, and so do split deployments and
     those with cp > 1. Raises InputError where required columns are missing.
     """
-    missing = [name for name in REQUIRED if name not in cases.columns]
-    if missing:
-        raise InputError(f"cases: column {', '.join(missing)} missing (required: {', '.join(REQUIRED)})")
     rows = [_countable(row) for row in parse_cases(cases)]
     valid = [i for i, row in enumerate(rows) if isinstance(row, Case)]
     result: dict[str, Any] = {}

@@ -8,10 +8,11 @@ from typing import Any
 import yaml
 
 from dse.errors import InputError
+from dse.files import refuse_deep_yaml
 
 LARGEST_FILE = 16 * 2**20
-DEEPEST = 50
 MOST_NODES = 4_000_000
+SPACE = "a search space names at least models, clusters, gpus and workloads"
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -64,10 +65,10 @@ def _candidates(folder: Path) -> str:
     return f" (there: {', '.join(names)})" if names else ""
 
 
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds."""
+def parse_yaml(text: str, where: str, least: str = SPACE) -> dict[str, Any]:
+    """The mapping that a YAML text holds; `least`: what such a file is, and the keys that it needs."""
     try:
-        _shallow(text, where)  # the loader recurses, and the C one would crash
+        refuse_deep_yaml(text, where)
         data = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -79,24 +80,11 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if data is None:
-        raise InputError(f"{where}: is empty; a search space names at least models, clusters, gpus and workloads")
+        raise InputError(f"{where}: is empty; {least}")
     if not isinstance(data, dict):
-        raise InputError(
-            f"{where}: holds a {type(data).__name__}, not keys with values (models: ..., clusters: ..., ...)"
-        )
+        raise InputError(f"{where}: holds a {type(data).__name__}, not keys with values; {least}")
     _bounded(data, where)
     return data
-
-
-def _shallow(text: str, where: str) -> None:
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > DEEPEST:
-            raise InputError(f"{where}: nested too deeply for a search space (allowed: {DEEPEST} levels)")
 
 
 def _bounded(data: Any, where: str) -> None:
