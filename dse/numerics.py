@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 Number = Any
@@ -49,6 +51,21 @@ def pick(code: Number, options: list[Number]) -> Number:
     for i, option in enumerate(options[1:], start=1):
         result = jnp.where(code == i, option, result)
     return result
+
+
+def last_good(good: Callable[[Number], Number], low: Number, high: Number, halvings: int) -> Number:
+    """The largest x in [low, high] (arrays alike) that is good, by bisection, where x is good up to it and not beyond.
+
+    `low` where none is. Without a gradient (`cost.queueing.crossing` has one).
+    """
+
+    def halve(_: Number, ends: tuple[Number, Number]) -> tuple[Number, Number]:
+        low, high = ends
+        middle = 0.5 * (low + high)
+        met = good(middle)
+        return jnp.where(met, middle, low), jnp.where(met, high, middle)
+
+    return jax.lax.fori_loop(0, halvings, halve, (low, high))[0]
 
 
 def ceil_ratio(a: Number, b: Number) -> Number:

@@ -16,7 +16,7 @@ from dse.catalog import hardware
 from dse.catalog.coefficients import CoefficientSet, coefficient_set
 from dse.catalog.models import model, to_architecture
 from dse.cost.evaluate import Scenario
-from dse.cost.shard import shard
+from dse.cost.shard import shard_scenario
 from dse.cost.step import Batch, Segment, Step, step
 from dse.cost.types import Number, pytree
 from dse.errors import InputError
@@ -194,7 +194,7 @@ class _Load:
 
 def _both(x: Scenario, load: _Load) -> _Steps:
     """A prompt a rank, and one token of every request of a rank."""
-    cut = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    cut = shard_scenario(x)
     prompt = Segment(requests=1.0, tokens=load.isl, start=0.0, span=load.isl)
     token = Segment(requests=load.requests, tokens=1.0, start=load.context, span=1.0)
     return _Steps(

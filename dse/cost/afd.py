@@ -20,7 +20,7 @@ from dse.cost import collectives as coll
 from dse.cost.collectives import Line, distinct
 from dse.cost.evaluate import Scenario, gpus_of_replica
 from dse.cost.memory import Memory, memory
-from dse.cost.serving import accepted_tokens
+from dse.cost.serving import accepted_of
 from dse.cost.shard import shard
 from dse.cost.step import Batch, Segment, Step, step
 from dse.cost.types import Architecture, Number, pytree
@@ -124,8 +124,7 @@ def estimate_attention_ffn_one(x: AttentionFfn) -> AttentionFfnEstimate:
     """Price one deployment."""
     load, m = x.attention.load, x.micro_batches
     arch = x.attention.architecture
-    draft: Number = 0.0 if load.draft_tokens is None else load.draft_tokens
-    accepted: Number = 1.0 if load.draft_tokens is None else accepted_tokens(draft, load.acceptance)
+    draft, accepted = load.drafted, accepted_of(load)
     groups = gpus_of_replica(x.attention.plan), gpus_of_replica(x.ffn.plan)
     gpus = groups[0] + groups[1]
     layers = layers_of(arch)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dse.cost.serving import accepted_tokens, cycle
+from dse.cost.serving import accepted_of, cycle
 from dse.cost.shard import Sharded
 from dse.cost.step import Batch, Segment, Step, step
 from dse.cost.types import Load, Number, pytree, replace
@@ -145,7 +145,7 @@ def _work(e: Engine, q: Queue, s: State, admitted: Number, flights: Number) -> W
     """[K]: the prompt tokens that the policy lets into this step, and the requests in decode beside them."""
     decoding = s.prefilled - s.finished
     budget = flights * e.load.chunk
-    left = jnp.maximum(budget - decoding * (1.0 + _draft(e.load)), 0.0)
+    left = jnp.maximum(budget - decoding * (1.0 + e.load.drafted), 0.0)
     budget = jnp.where(e.policy == PREFILL, budget, left)
     budget = jnp.where((e.policy == DECODE) & (decoding > 0), 0.0, budget)
     tokens = jnp.minimum(_at(q.tokens, admitted) - s.position, budget)
@@ -170,17 +170,9 @@ def _pairs(q: Queue, position: Number, request: Number) -> Number:
     return _at(q.pairs, request) + part * (cached + 0.5 * part)
 
 
-def _draft(load: Load) -> Number:
-    return 0.0 if load.draft_tokens is None else load.draft_tokens
-
-
-def _accepted(load: Load) -> Number:
-    return 1.0 if load.draft_tokens is None else accepted_tokens(load.draft_tokens, load.acceptance)
-
-
 def decode_steps(osl: Number, load: Load) -> Number:
     """Steps from the first token to the last."""
-    return jnp.ceil((osl - 1.0) / _accepted(load) - 1e-9)
+    return jnp.ceil((osl - 1.0) / accepted_of(load) - 1e-9)
 
 
 def _priced(s: Sharded, w: Work, draft: Number, chunks: Number, micro: Number) -> Step:
@@ -211,7 +203,7 @@ def seconds(e: Engine, work: Work, drained: Number) -> Number:
     `microbatches` (or pp) of them in flight: prompts fill as many as they have chunks, and where the last pending token
     is among them (`drained`), the chunks behind the first arrive a stage later each.
     """
-    draft = _draft(e.load)
+    draft = e.load.drafted
     computed = work.tokens + work.decoding * (1.0 + draft)
     everyone = jnp.sum(computed)
 
@@ -261,7 +253,7 @@ def advance(e: Engine, q: Queue, s: State) -> tuple[State, Record]:
     ahead = jnp.where(work.decoding > 0, jnp.min(s.due, axis=-1) - s.steps, NEVER)
     most = jnp.where(prefilling, 1, jnp.maximum(jnp.min(ahead), 1)).astype(s.time.dtype)
     drained = s.position + work.tokens >= _at(q.tokens, admitted)
-    grown = replace(work, context=work.context + _accepted(e.load) * (most - 1.0))
+    grown = replace(work, context=work.context + accepted_of(e.load) * (most - 1.0))
     ends = jax.tree.map(lambda a, b: jnp.stack([a, b]), work, grown)
     first, last = jax.vmap(lambda w: seconds(e, w, drained))(ends)
     slope = safe_divide(last - first, most - 1.0)
@@ -277,7 +269,7 @@ def advance(e: Engine, q: Queue, s: State) -> tuple[State, Record]:
     steps = s.steps + decoded.astype(jnp.int32)
     position = s.position + work.tokens
     prefilled = _whole(q, position)
-    context = s.context + work.decoding * _accepted(e.load) * decoded
+    context = s.context + work.decoding * accepted_of(e.load) * decoded
     context = context + _at(q.context, prefilled) - _at(q.context, s.prefilled)
 
     # prompts that are done take free slots, in order
@@ -287,7 +279,7 @@ def advance(e: Engine, q: Queue, s: State) -> tuple[State, Record]:
     taken = free & (request < prefilled[:, None])
     needed = decode_steps(_at(q.osl, request), e.load)
     due = jnp.where(taken, steps[:, None] + needed.astype(jnp.int32), s.due)
-    length = jnp.where(taken, _at(q.isl, request) + _accepted(e.load) * needed, s.length)
+    length = jnp.where(taken, _at(q.isl, request) + accepted_of(e.load) * needed, s.length)
     held = jnp.where(taken, _at(e.kv, request), s.held)
 
     done = due <= steps[:, None]
@@ -314,6 +306,6 @@ def advance(e: Engine, q: Queue, s: State) -> tuple[State, Record]:
         arrived=jnp.sum(arrived),
         kv_share=safe_divide(used, e.capacity),
         prompt_tokens=jnp.sum(work.tokens),
-        decode_tokens=jnp.sum(work.decoding * decoded) * _accepted(e.load),
+        decode_tokens=jnp.sum(work.decoding * decoded) * accepted_of(e.load),
     )
     return after, record

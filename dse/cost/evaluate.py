@@ -13,7 +13,7 @@ from dse.cost.goodput import Arrivals, Demand, OpenLoop, goodput, open_loop
 from dse.cost.memory import Memory, memory
 from dse.cost.openloop import resident
 from dse.cost.serving import Served, serve
-from dse.cost.shard import shard, speculating
+from dse.cost.shard import shard_scenario, speculating
 from dse.cost.types import Architecture, Device, Load, Number, Plan, Topology, pytree, replace
 from dse.numerics import safe_divide
 from dse.programs import by_size
@@ -64,7 +64,7 @@ def gpus_of_replica(plan: Plan) -> Number:
 
 def estimate_one(x: Scenario) -> Estimate:
     """Price one scenario. Throughput is concurrency * osl / (ttft + (osl-1) tpot), as every closed-loop benchmark's."""
-    sharded = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    sharded = shard_scenario(x)
     return estimate_sharded(x, sharded)
 
 

@@ -14,7 +14,7 @@ from jax.scipy.special import ndtri
 
 from dse.cost.lengths import Lengths
 from dse.cost.memory import Memory
-from dse.cost.serving import accepted_tokens, cycle
+from dse.cost.serving import accepted_of, cycle
 from dse.cost.shard import Sharded
 from dse.cost.step import Batch, Segment, step
 from dse.cost.types import Load, Number, Plan, pytree, replace
@@ -66,8 +66,7 @@ def resident(load: Load, lengths: Lengths) -> Load:
 
 def replica(s: Sharded, load: Load, lengths: Lengths, memory: Memory, cv: Number) -> Replica:
     """`load.concurrency`: requests that the engine runs at once at most; `memory`: at the load of `resident`."""
-    draft = 0.0 if load.draft_tokens is None else load.draft_tokens
-    accepted = 1.0 if load.draft_tokens is None else accepted_tokens(draft, load.acceptance)
+    draft, accepted = load.drafted, accepted_of(load)
     order = jnp.argsort(lengths.isl - lengths.cached)
     lengths = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], lengths)
     prompt = jnp.maximum(lengths.isl - lengths.cached, 1.0)

@@ -124,7 +124,7 @@ def activations(arch: Architecture, plan: Plan, tokens: Number, rows: Number) ->
 
 def memory(arch: Architecture, device: Device, plan: Plan, load: Load, c: Coefficients) -> Memory:
     """Every term of one GPU's memory, and how many requests fit."""
-    drafting = 0.0 if load.draft_tokens is None else load.draft_tokens
+    drafting = load.drafted
     modules = drafting if plan.draft is None else drafting * (1.0 - plan.draft.present)  # the target's own, that draft
     requests = jnp.maximum(load.concurrency / plan.attention_dp, 1.0)
     prompt = load.isl * (1.0 - load.prefix_hit)

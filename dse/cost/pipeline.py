@@ -24,7 +24,7 @@ from dse.cost.pipeline_tails import Cumulants, of_moments, of_rest, of_some, of_
 from dse.cost.pool_steps import decode_times
 from dse.cost.queueing import BUSIEST
 from dse.cost.serving import flow
-from dse.cost.shard import shard
+from dse.cost.shard import shard_scenario
 from dse.cost.step import Batch, Segment, step
 from dse.cost.types import Architecture, Device, Number, Plan, Topology, pytree, replace
 from dse.numerics import safe_divide
@@ -54,7 +54,7 @@ def job_times(x: Job) -> tuple[Number, Number]:
     A token of a bidirectional sequence of T sees T keys: as if the sequence began at T/2, for S + T/2 keys are seen.
     Sequences are dealt over the attention-DP ranks; of fewer sequences than ranks, some ranks hold none.
     """
-    s = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    s = shard_scenario(x)
     some = x.sequences * x.tokens > 0
     tokens = jnp.where(some, x.tokens, 1.0)
     start = x.cached + 0.5 * x.bidirectional * tokens
@@ -69,7 +69,7 @@ def job_times(x: Job) -> tuple[Number, Number]:
 
 def decode_time(x: Scenario) -> Number:
     """TPOT of a decode worker with `load.concurrency` requests running."""
-    s = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    s = shard_scenario(x)
     return decode_times(s, x.load, x.load.concurrency).tpot
 
 

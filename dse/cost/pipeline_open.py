@@ -15,7 +15,7 @@ from dse.cost.lengths import Lengths
 from dse.cost.memory import memory
 from dse.cost.openloop import point, replica, resident
 from dse.cost.queueing import quantile
-from dse.cost.shard import shard
+from dse.cost.shard import shard_scenario
 from dse.cost.types import Number, pytree, replace
 
 ANY = 1e6  # seconds: a target that every request meets
@@ -40,7 +40,7 @@ class Aggregated:
 def aggregated(x: Scenario, lengths: Lengths, first: Number | None, rate: Number) -> Aggregated:
     """`rate` calls/s to the replica. `first` (n,): weights of the first turn's calls over the nodes of `lengths`; None
     where there is no other turn."""
-    s = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    s = shard_scenario(x)
     load = resident(x.load, lengths)
     held = memory(x.architecture, x.device, x.plan, load, x.coefficients)
     found = open_loop(s, load, lengths, held, Arrivals(rate=rate), Slo(ttft=ANY, tpot=ANY))

@@ -20,11 +20,11 @@ from dse.cost.memory import activations, kv_bytes, memory, weights
 from dse.cost.pool_steps import decode_memory, decode_times, prefill_times
 from dse.cost.pools import link, request_ranks
 from dse.cost.queueing import Moments, mg1, survival
-from dse.cost.serving import accepted_tokens
-from dse.cost.shard import shard
+from dse.cost.serving import accepted_of
+from dse.cost.shard import shard_scenario
 from dse.cost.traffic import Traffic, traffic_of
 from dse.cost.types import Level, Number, Topology, pytree, replace
-from dse.numerics import safe_divide
+from dse.numerics import last_good, safe_divide
 
 HALVINGS = 24
 MOST_RUNNING = 4096.0  # requests an attention-DP rank, in decode
@@ -71,8 +71,7 @@ def batch_tokens(x: Scenario) -> Number:
     held = memory(x.architecture, x.device, x.plan, one, x.coefficients)
     per_token = kv_bytes(x.architecture, x.plan, x.load.isl) / x.load.isl
     per_token = per_token + activations(x.architecture, x.plan, 1.0, 0.0)
-    drafting = 0.0 if x.load.draft_tokens is None else x.load.draft_tokens
-    free = held.usable - weights(x.architecture, x.plan, drafting) - held.buffers - held.reserve
+    free = held.usable - weights(x.architecture, x.plan, x.load.drafted) - held.buffers - held.reserve
     return jnp.maximum(safe_divide(free, per_token), 0.0)
 
 
@@ -84,7 +83,7 @@ def place(x: Pair, lengths: Lengths, slo: Slo, top: Number, jointly: bool = Fals
         replace(a, topology=segmented(a.topology, x, gpus_a / x.across)),
         replace(b, topology=segmented(b.topology, x, gpus_b / x.across)),
     )
-    s_a, s_b = (shard(p.architecture, p.device, p.topology, p.plan, p.coefficients) for p in sides)
+    s_a, s_b = (shard_scenario(side) for side in sides)
     gpus = gpus_a + gpus_b
 
     def prompt(isl: Number) -> tuple[Number, Number]:
@@ -114,13 +113,7 @@ def place(x: Pair, lengths: Lengths, slo: Slo, top: Number, jointly: bool = Fals
     room = decode_memory(replace(b, load=context), b.plan.attention_dp * jnp.ones(())).requests * b.plan.attention_dp
     room = jnp.minimum(room, MOST_RUNNING * b.plan.attention_dp)
 
-    def more(_: Number, ends: tuple[Number, Number]) -> tuple[Number, Number]:
-        low, high = ends
-        middle = 0.5 * (low + high)
-        good = tpot(middle) + late <= slo.tpot
-        return jnp.where(good, middle, low), jnp.where(good, high, middle)
-
-    allowed, _ = jax.lax.fori_loop(0, HALVINGS, more, (jnp.zeros_like(room), room))
+    allowed = last_good(lambda running: tpot(running) + late <= slo.tpot, jnp.zeros_like(room), room, HALVINGS)
     pace = tpot(jnp.maximum(allowed, 1.0))  # near the most it may hold: where the bisection ends
     l_m = batch_tokens(a)
     fits = (l_m >= jnp.max(jnp.where(lengths.weight > 0, lengths.isl, 0.0))) & (room >= 1.0) & (allowed >= 1.0)
@@ -132,23 +125,19 @@ def place(x: Pair, lengths: Lengths, slo: Slo, top: Number, jointly: bool = Fals
         smooth = ndtr((allowed - busy) / jnp.sqrt(jnp.maximum(busy, 1e-6)))
         return jnp.where(queue.stable & fits, early, 0.0), jnp.where(fits & (rate <= most), smooth, 0.0)
 
-    def halve(_: Number, ends: tuple[Number, Number]) -> tuple[Number, Number]:
-        low, high = ends
-        middle = 0.5 * (low + high)
-        early, smooth = met(middle * gpus)
-        good = jnp.where(jointly, early * smooth, jnp.minimum(early, smooth)) >= slo.attainment
-        return jnp.where(good, middle, low), jnp.where(good, high, middle)
+    def enough(per_gpu: Number) -> Number:
+        early, smooth = met(per_gpu * gpus)
+        return jnp.where(jointly, early * smooth, jnp.minimum(early, smooth)) >= slo.attainment
 
-    low, _ = jax.lax.fori_loop(0, HALVINGS, halve, (0.0 * gpus, 0.0 * gpus + top))
-    rate = low * gpus
+    per_gpu = last_good(enough, 0.0 * gpus, 0.0 * gpus + top, HALVINGS)
+    rate = per_gpu * gpus
     early, smooth = met(jnp.maximum(rate, 1e-6))
-    draft = 0.0 if b.load.draft_tokens is None else b.load.draft_tokens
-    accepted = 1.0 if b.load.draft_tokens is None else accepted_tokens(draft, b.load.acceptance)
+    verified = rate * answer * (1.0 + b.load.drafted) / accepted_of(b.load)
     prompts = jnp.sum(lengths.weight * (lengths.isl - lengths.cached))
     crossing = jnp.arange(len(b.topology.levels)) == jnp.where(x.same_node > 0, 0, 1)
     return Placed(
         rate=rate,
-        per_gpu=low,
+        per_gpu=per_gpu,
         gpus=gpus,
         prefill_tokens=l_m,
         decode_tokens=jnp.maximum(room, 0.0) * (context.isl + b.coefficients.reserved_output * context.osl),
@@ -156,7 +145,7 @@ def place(x: Pair, lengths: Lengths, slo: Slo, top: Number, jointly: bool = Fals
         tpot_met=smooth,
         transfer=transfer,
         prefill_traffic=traffic_of(sides[0], rate * prompts / a.plan.attention_dp),
-        decode_traffic=traffic_of(sides[1], rate * answer * (1.0 + draft) / accepted / b.plan.attention_dp),
+        decode_traffic=traffic_of(sides[1], verified / b.plan.attention_dp),
         kv_traffic=jnp.where(crossing, rate * cache * holders[1] / gpus_a, 0.0),
     )
 

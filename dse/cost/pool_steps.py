@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dse.cost.evaluate import Scenario
 from dse.cost.memory import Memory, memory
-from dse.cost.serving import accepted_tokens, cycle, flow
+from dse.cost.serving import accepted_of, cycle, flow
 from dse.cost.shard import Sharded
 from dse.cost.step import Batch, Segment, Step, step
 from dse.cost.types import Load, Number, pytree
@@ -73,8 +73,7 @@ def prefill_times(s: Sharded, load: Load) -> PrefillTimes:
 def decode_times(s: Sharded, load: Load, running: Number) -> DecodeTimes:
     """TPOT of a decode worker that holds `running` requests (below one a rank, some ranks hold none)."""
     plan = s.plan
-    draft: Number = 0.0 if load.draft_tokens is None else load.draft_tokens
-    accepted: Number = 1.0 if load.draft_tokens is None else accepted_tokens(draft, load.acceptance)
+    draft, accepted = load.drafted, accepted_of(load)
     a_rank = jnp.maximum(running / plan.attention_dp, 1.0)
     ranks = jnp.clip(running, 1.0, plan.attention_dp)
     flights = jnp.minimum(jnp.where(plan.microbatches > 0, plan.microbatches, plan.pp), a_rank)

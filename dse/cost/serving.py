@@ -33,6 +33,11 @@ def accepted_tokens(draft: Number, acceptance: Number) -> Number:
     return (1.0 - p ** (draft + 1.0)) / (1.0 - p)
 
 
+def accepted_of(load: Load) -> Number:
+    """Tokens a step of a request under a load; 1 where it drafts none."""
+    return 1.0 if load.draft_tokens is None else accepted_tokens(load.draft_tokens, load.acceptance)
+
+
 def cycle(s: Sharded, t: Step, draft: Number, flights: Number) -> Number:
     """Seconds between two tokens of a request: once through the pipeline, or m stages where m micro-batches fill it.
 
@@ -93,9 +98,8 @@ class Loop:
 def closed_loop(s: Sharded, load: Load, memory: Memory) -> Loop:
     """Requests and tokens that meet in the steps of a load."""
     plan = s.plan
-    draft = 0.0 if load.draft_tokens is None else load.draft_tokens
+    draft, accepted = load.drafted, accepted_of(load)
     static = 0.0 if load.static_batch is None else load.static_batch
-    accepted = 1.0 if load.draft_tokens is None else accepted_tokens(draft, load.acceptance)
     asked = jnp.maximum(load.concurrency / plan.attention_dp, 1.0)
     # Where not even one request fits, the plan is refused, and priced as if memory sufficed: its engine, if it ran, had
     # other settings than ours, not a queue of one.

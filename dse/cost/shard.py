@@ -6,6 +6,8 @@ batch of the same plan costs a few multiply-adds. A sweep computes it once a pla
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from dse.cost import collectives as coll
@@ -47,12 +49,16 @@ class CoreCost:
 
 @pytree
 class IndexerCost:
-    pair: Number
-    key: Number
+    """The indexer of sparse attention on one rank, seconds."""
+
+    pair: Number  # a (query, index key) pair
+    key: Number  # an index key read
 
 
 @pytree
 class StateCost:
+    """A recurrence on one rank, seconds."""
+
     request: Number  # state read and written
     token: Number
 
@@ -72,9 +78,11 @@ class SequenceCost:
 
 @pytree
 class MixerCost:
+    """Layers of one kind of mixing (attention, recurrence) on one stage."""
+
     count: Number  # layers of this kind on one stage
     gemms: tuple[Roofline, ...]
-    kernels: Number
+    kernels: Number  # launched a layer
     core: CoreCost | None
     indexer: IndexerCost | None
     state: StateCost | None
@@ -83,6 +91,8 @@ class MixerCost:
 
 @pytree
 class RoutedCost:
+    """Routed experts of one layer, on one rank of their group."""
+
     work: Grouped
     dense: tuple[Roofline, ...]  # latent projections
     experts: Number
@@ -98,9 +108,11 @@ class RoutedCost:
 
 @pytree
 class FeedForwardCost:
+    """Layers of one kind of feed-forward part on one stage."""
+
     count: Number
-    dense: tuple[Roofline, ...]
-    kernels: Number
+    dense: tuple[Roofline, ...]  # the dense part, or the shared experts
+    kernels: Number  # launched a layer
     reduce: Number  # 1: this kind ends in a TP all-reduce
     routed: RoutedCost | None
 
@@ -318,6 +330,11 @@ def shard(arch: Architecture, device: Device, topology: Topology, plan: Plan, c:
     )
 
 
+def shard_scenario(x: Any) -> Sharded:
+    """The same of a `Scenario`, or of anything else that has its architecture, device, topology, plan, coefficients."""
+    return shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+
+
 def draft_plan(plan: Plan) -> Plan:
     """A (dense) draft model's plan on the GPUs of its target: in the same formats and stages, over `tp` ranks of each.
 
@@ -353,6 +370,7 @@ __all__ = [
     "extra_shapes",
     "sequence_shards",
     "shard",
+    "shard_scenario",
     "speculating",
     "stage_share",
 ]

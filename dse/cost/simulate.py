@@ -19,7 +19,7 @@ import numpy as np
 from dse.cost.batching import MIXED, Engine, Queue, Record, State, advance, decode_steps, initial
 from dse.cost.evaluate import Scenario
 from dse.cost.memory import kv_bytes, memory
-from dse.cost.shard import shard
+from dse.cost.shard import shard_scenario
 from dse.cost.types import Load, Number, pytree, replace
 
 Array = np.ndarray
@@ -124,7 +124,7 @@ def _engine(x: Scenario, q: Queue, policy: Number, seats: Number, clients: Numbe
     kv = jax.vmap(lambda length: kv_bytes(x.architecture, x.plan, length))(lengths)
     kv = jnp.where(jnp.arange(kv.shape[-1]) < q.count[:, None], kv, 0.0)
     return Engine(
-        sharded=shard(x.architecture, x.device, x.topology, x.plan, x.coefficients),
+        sharded=shard_scenario(x),
         load=x.load,
         policy=policy,
         seats=seats,

@@ -9,6 +9,8 @@ Ignored: context parallelism, the head's gather, protocol overheads (LL doubles 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jax.numpy as jnp
 
 from dse.cost import collectives as coll
@@ -31,6 +33,11 @@ class Traffic:
 KINDS = ("reduce", "exchange", "pipeline")
 
 
+def _levels(values: Iterable[Number]) -> Number:
+    """(levels,) One number a level, some of them plain Python's."""
+    return jnp.stack([jnp.asarray(x) * jnp.ones(()) for x in values])
+
+
 def _outwards(own: list[Number]) -> Number:
     """(levels,) What each level carries, where `own` turns at each: bytes that turn further out pass the NIC too."""
     passing: Number = 0.0
@@ -38,7 +45,7 @@ def _outwards(own: list[Number]) -> Number:
     for amount in reversed(own[1:]):
         passing = passing + amount
         found.append(passing)
-    return jnp.stack([jnp.asarray(x) * jnp.ones(()) for x in (own[0], *reversed(found))])
+    return _levels((own[0], *reversed(found)))
 
 
 def gathered(g: Group) -> Number:
@@ -57,7 +64,7 @@ def gathered(g: Group) -> Number:
 def swapped(g: Group) -> Number:
     """(levels,) Of each byte that a rank sends in a uniform all-to-all, what level l carries."""
     inside = (g.within[0] - 1.0) / g.n
-    return jnp.stack([jnp.asarray(x) * jnp.ones(()) for x in (inside, *((g.n - w) / g.n for w in g.within[:-1]))])
+    return _levels((inside, *((g.n - w) / g.n for w in g.within[:-1])))
 
 
 def copies(topology: Topology, g: Group, routed: Routed, mode: Number) -> Number:
@@ -73,7 +80,7 @@ def copies(topology: Topology, g: Group, routed: Routed, mode: Number) -> Number
         for inner in g.within[:-1]:
             units = g.n / inner
             own.append(coll.distinct(jnp.minimum(limit, units), routed.top_k) * (units - 1.0) / units)
-        return jnp.stack([jnp.asarray(x) * jnp.ones(()) for x in own])
+        return _levels(own)
 
     limit = jnp.where(routed.group_limit > 0, routed.group_limit, 1e9)
     options = [routed.top_k * swapped(g), to_ranks * swapped(g), by_node(jnp.asarray(1e9)), by_node(limit)]
@@ -88,7 +95,7 @@ def copies(topology: Topology, g: Group, routed: Routed, mode: Number) -> Number
 def hops(g: Group) -> Number:
     """(levels,) Of the n-1 hops of a pipeline, those that level l carries."""
     units = [g.n / w for w in g.within]
-    return jnp.stack([jnp.asarray(x) * jnp.ones(()) for x in (g.n - units[0], *(u - 1.0 for u in units[:-1]))])
+    return _levels((g.n - units[0], *(u - 1.0 for u in units[:-1])))
 
 
 def traffic_of(x: Scenario, tokens: Number) -> Traffic:

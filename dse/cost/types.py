@@ -250,6 +250,11 @@ class Load:
     static_batch: Number | None = None  # 1: one batch, prefilled together, then decoded together
     stream_interval: Number | None = None  # tokens that an engine sends at a time, the first of them too
 
+    @property
+    def drafted(self) -> Number:
+        """Tokens drafted a step; 0 where the load has no such feature."""
+        return 0.0 if self.draft_tokens is None else self.draft_tokens
+
 
 def stack(trees: list[T]) -> T:
     """One batched tree of several of the same structure (numpy leaves with a leading axis)."""

@@ -23,6 +23,7 @@ import numpy as np
 
 from dse.cost.types import Number, pytree
 from dse.errors import InputError
+from dse.numerics import last_good
 from dse.published.distserve import OPT_13B, TPS, Fit, Profile, decode_fit, prefill_stage, steady_decode
 
 HEADS = LAYERS = 40  # OPT-13B
@@ -188,17 +189,10 @@ class Goodput:
 @partial(jax.jit, static_argnames=("stages", "halvings"))
 def _search(x: Placement, trace: Trace, target: Target, top: Number, stages: int, halvings: int) -> Goodput:
     ok = jax.vmap(lambda p, r: meets(p, r, trace, target, stages, OPT_13B))
-
-    def halve(_: Number, bounds: tuple[Number, Number]) -> tuple[Number, Number]:
-        low, high = bounds
-        middle = 0.5 * (low + high)
-        good = ok(x, middle * x.gpus)
-        return jnp.where(good, middle, low), jnp.where(good, high, middle)
-
-    low, _ = jax.lax.fori_loop(0, halvings, halve, (0.0 * x.gpus, 0.0 * x.gpus + top))
+    per_gpu = last_good(lambda middle: ok(x, middle * x.gpus), 0.0 * x.gpus, 0.0 * x.gpus + top, halvings)
     return Goodput(
-        rate=low * x.gpus,
-        per_gpu=low,
+        rate=per_gpu * x.gpus,
+        per_gpu=per_gpu,
         l_m=capacity_tokens(x.pp_across * x.tp_prefill * x.pp_prefill),
         tokens_decode=capacity_tokens(x.pp_across * x.tp_decode * x.pp_decode),
     )

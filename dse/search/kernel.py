@@ -19,7 +19,7 @@ import numpy as np
 from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Estimate, Scenario, estimate_open, estimate_sharded
 from dse.cost.goodput import Demand
-from dse.cost.shard import Sharded, shard
+from dse.cost.shard import Sharded, shard_scenario
 from dse.cost.types import Architecture, Device, Draft, Load, Number, Plan, Precision, Topology, pytree
 from dse.programs import quick
 from dse.search.metrics import MARGIN, VALUE, WORST, margins, relative_excess, signed
@@ -212,10 +212,6 @@ def scenarios(t: Tables, rows: Number) -> Scenario:
         load=None,  # type: ignore[arg-type]
         coefficients=replace(coefficients, utilisation=design.utilisation),
     )
-
-
-def shard_scenario(x: Scenario) -> Sharded:
-    return shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
 
 
 def price(t: Tables, x: Scenario, sharded: Sharded, load: Load, asked: Questions) -> Estimate:

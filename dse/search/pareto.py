@@ -46,6 +46,16 @@ def distinct(values: Floats, indices: Ints, ties: Ints) -> tuple[Floats, Ints, I
     return values[first][by_index], indices[first][by_index], total[by_index]
 
 
+def on_front(values: Floats, indices: Ints) -> NDArray[np.intp]:
+    """Positions of the rows on the front, by the first objective; equal vectors by their lowest index."""
+    if not len(values):
+        return np.zeros(0, np.intp)
+    members = np.flatnonzero(front(values))
+    _, first, _ = distinct(values[members], indices[members], np.ones(len(members), np.int64))
+    position = members[np.isin(indices[members], first)]
+    return position[np.argsort(values[position, 0], kind="stable")]
+
+
 def dominated_by(values: Floats, references: Floats, margin: Floats) -> NDArray[np.bool_]:
     """Rows that some front member beats by the margin where they differ at all: what no float64 recheck can revive.
 

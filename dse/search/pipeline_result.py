@@ -19,7 +19,7 @@ from dse.cost.coefficients import Coefficients
 from dse.cost.types import stack
 from dse.errors import InputError
 from dse.search.metrics import relative_excess, signed
-from dse.search.pareto import front
+from dse.search.pareto import on_front
 from dse.search.pipeline import Met, Pool, edges, lines, meet, pools_at, transfer
 from dse.search.pipeline_stages import Priced, price
 from dse.search.pipeline_tails import percentile
@@ -217,10 +217,7 @@ def _result(
     values = rows[names].to_numpy(float)[ok] * np.array(signed(spec.objectives))
     feasible = rows.iloc[np.flatnonzero(ok)].reset_index(drop=True)
     order = np.argsort(values[:, 0], kind="stable")
-    members = np.flatnonzero(front(values)) if len(values) else np.zeros(0, int)
-    _, distinct = np.unique(values[members], axis=0, return_index=True)
-    members = members[distinct]
-    on = members[np.argsort(values[members, 0], kind="stable")]
+    on = on_front(values, np.arange(len(values)))
     least: pd.DataFrame | None = None
     binding: tuple[Binding, ...] = ()
     if not len(feasible):

@@ -12,10 +12,10 @@ import pandas as pd
 from dse.cost.coefficients import Coefficients
 from dse.errors import InputError
 from dse.search.metrics import relative_excess, signed
-from dse.search.pareto import distinct, front
+from dse.search.pareto import on_front
 from dse.search.pool_recheck import recheck_flat
 from dse.search.pools import Met, pair_all
-from dse.search.recheck import _rounded
+from dse.search.recheck import rounded
 from dse.search.result import Binding, SearchResult, provenance
 from dse.space.pool_space import CompiledPools
 
@@ -46,7 +46,7 @@ def _result(
         broken = [relative_excess(rows[x.metric].to_numpy(float), x.op, x.bound) > 1e-12 for x in pools.constraints]
         ok = rows["feasible"].to_numpy(bool) & ~np.any([~ok, *broken], axis=0)
     rows = rows[ok].assign(ties=met.front.ties[ok], serving=SPLIT).reset_index(drop=True)
-    values = _rounded(values[ok])
+    values = rounded(values[ok])
     least: pd.DataFrame | None = None
     binding: tuple[Binding, ...] = ()
     if not len(rows) and met.least[1] >= 0:
@@ -61,7 +61,7 @@ def _result(
         sampler="grid",
         objectives=tuple(pools.objectives),
         constraints=tuple((x.metric, x.op, x.bound) for x in pools.constraints),
-        front=rows.iloc[_on_front(values, met.front.indices[ok])].reset_index(drop=True),
+        front=rows.iloc[on_front(values, met.front.indices[ok])].reset_index(drop=True),
         candidates=rows.iloc[_best(values, best)].reset_index(drop=True),
         funnel=(*funnel, *zip(stages, (int(n) for n in met.passed), strict=True)),
         cuts=dict(met.cuts),
@@ -98,16 +98,6 @@ def _least(
     return row.assign(serving=SPLIT), tuple(broken)
 
 
-def _on_front(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Positions of the front's rows, by the first objective; equal vectors by their lowest index."""
-    if not len(values):
-        return np.zeros(0, np.int64)
-    members = np.flatnonzero(front(values))
-    _, first, _ = distinct(values[members], indices[members], np.ones(len(members), np.int64))
-    position = members[np.isin(indices[members], first)]
-    return position[np.argsort(values[position, 0], kind="stable")]
-
-
 def _best(values: np.ndarray, best: int) -> np.ndarray:
     return np.argsort(values[:, 0], kind="stable")[:best] if len(values) else np.zeros(0, np.int64)
 
@@ -122,7 +112,7 @@ def joined(split: SearchResult, whole: SearchResult, best: int) -> SearchResult:
     sign = np.array(signed(split.objectives))
 
     def values(frame: pd.DataFrame) -> np.ndarray:
-        return _rounded(frame[names].to_numpy(float) * sign) if len(frame) else np.zeros((0, len(names)))
+        return rounded(frame[names].to_numpy(float) * sign) if len(frame) else np.zeros((0, len(names)))
 
     fronts = pd.concat([f for f in (split.front, whole.front) if len(f)] or [split.front], ignore_index=True)
     candidates = pd.concat(
@@ -134,7 +124,7 @@ def joined(split: SearchResult, whole: SearchResult, best: int) -> SearchResult:
     nearest = whole if split.least is None or _broken(whole) < _broken(split) else split
     nothing = not len(fronts)
     brought = gain(split, values(split.front), values(whole.front))
-    on = _on_front(values(fronts), np.arange(len(fronts)))
+    on = on_front(values(fronts), np.arange(len(fronts)))
     return replace(
         split,
         sampler=whole.sampler,

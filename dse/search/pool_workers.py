@@ -15,10 +15,10 @@ from dse.cost.afd import AttentionFfn, estimate_attention_ffn_one
 from dse.cost.evaluate import Scenario
 from dse.cost.pool_steps import decode_memory, decode_rate, decode_times, fuller, prefill_memory, prefill_times
 from dse.cost.pools import Receiver, Sender, burdens, receiver, sender
-from dse.cost.shard import Sharded
+from dse.cost.shard import Sharded, shard_scenario
 from dse.cost.types import Load, Number, pytree
 from dse.programs import quick
-from dse.search.kernel import Tables, scenarios, shard_scenario
+from dse.search.kernel import Tables, scenarios
 
 PRICED = 16_384  # points of a pool a call
 

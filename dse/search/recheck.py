@@ -50,7 +50,7 @@ def recheck(space: CompiledSpace, coefficients: Coefficients, flat: np.ndarray) 
             lambda row, point: kernel(table, row, point, bounds), *where, block=BLOCK, least=BLOCK
         )
     return Rechecked(
-        indices=flat, objectives=_rounded(objectives), excess=excess, rows=_frame(space, flat, estimate, points, rows)
+        indices=flat, objectives=rounded(objectives), excess=excess, rows=_frame(space, flat, estimate, points, rows)
     )
 
 
@@ -63,7 +63,7 @@ def _frame(space: CompiledSpace, flat: np.ndarray, estimate: Any, points: np.nda
     return pd.concat([chosen, pd.DataFrame(fresh, index=chosen.index)], axis=1)
 
 
-def _rounded(values: np.ndarray) -> np.ndarray:
+def rounded(values: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.abs(values))))
     return np.where((values == 0) | ~np.isfinite(values), values, np.round(values * scale) / scale)

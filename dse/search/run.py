@@ -18,7 +18,7 @@ from dse.errors import InputError
 from dse.search.grid import Progress, Swept, Tiling, sweep
 from dse.search.intervals import with_intervals
 from dse.search.metrics import signed
-from dse.search.pareto import distinct, front, hypervolume
+from dse.search.pareto import front, hypervolume, on_front
 from dse.search.recheck import Rechecked, recheck
 from dse.search.result import Binding, SearchResult, provenance
 from dse.space.compile import CompiledSpace, compile_space
@@ -186,7 +186,6 @@ def finish(
     feasible = kept.feasible if len(kept.indices) else np.zeros(0, bool)
     rows = kept.rows[feasible].assign(ties=found.front.ties[feasible]) if len(kept.indices) else kept.rows
     values = kept.objectives[feasible]
-    on_front = _front_rows(values, kept.indices[feasible], found.front.ties[feasible])
     stages = ("fits in memory", *(f"meets {x.metric} {x.op} {x.bound:g}" for x in space.constraints))
     funnel: tuple[tuple[str, int], ...] = (("enumerated", space.enumerated), ("legal", space.legal))
     if found.evaluated < space.legal:
@@ -210,7 +209,7 @@ def finish(
         sampler=sampler,
         objectives=tuple(space.objectives),
         constraints=tuple((x.metric, x.op, x.bound) for x in space.constraints),
-        front=written(on_front),
+        front=written(on_front(values, kept.indices[feasible])),
         candidates=written(best),
         funnel=funnel,
         cuts=dict(space.cuts),
@@ -225,16 +224,6 @@ def finish(
         binding=binding,
         run=provenance(space.spec.model_dump(mode="json"), seed),
     )
-
-
-def _front_rows(values: np.ndarray, indices: np.ndarray, ties: np.ndarray) -> np.ndarray:
-    """Positions of the front's rows, by the first objective; equal vectors by their lowest index."""
-    if not len(values):
-        return np.zeros(0, np.int64)
-    members = np.flatnonzero(front(values))
-    _, first, _ = distinct(values[members], indices[members], ties[members])
-    position = members[np.isin(indices[members], first)]
-    return position[np.argsort(values[position, 0], kind="stable")]
 
 
 def _least(space: CompiledSpace, c: Coefficients, index: int) -> tuple[pd.DataFrame, tuple[Binding, ...]]:

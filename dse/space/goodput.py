@@ -18,7 +18,7 @@ from dse.cost.goodput import Demand, Slo
 from dse.cost.intraop import IntraOp, against_stages
 from dse.cost.lengths import Lengths
 from dse.cost.queueing import crossover
-from dse.cost.shard import shard
+from dse.cost.shard import shard_scenario
 from dse.cost.types import stack
 from dse.errors import InputError
 from dse.space.cases import Case, parse_cases, scenarios_of
@@ -118,7 +118,7 @@ def _seated(row: Case | str, given: bool) -> Case | str:
 
 
 def _one(x: Scenario, demand: Demand) -> Any:
-    sharded = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    sharded = shard_scenario(x)
     return estimate_open(x, sharded, demand)
 
 

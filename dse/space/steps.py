@@ -13,7 +13,7 @@ import pandas as pd
 
 from dse.catalog.coefficients import CoefficientSet, coefficient_set
 from dse.cost.coefficients import Coefficients
-from dse.cost.shard import shard
+from dse.cost.shard import shard_scenario
 from dse.cost.step import Batch, Segment, step
 from dse.cost.types import Architecture, Device, Number, Plan, Topology, pytree
 from dse.errors import InputError
@@ -50,7 +50,7 @@ class StepCase:
 
 def step_seconds(x: EngineStep) -> Number:
     """Time between this step and the next."""
-    sharded = shard(x.architecture, x.device, x.topology, x.plan, x.coefficients)
+    sharded = shard_scenario(x)
     return step(sharded, x.batch, x.plan.overlap_prefill).total
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from dse.catalog.coefficients import CoefficientSet
 from dse.cost.evaluate import Scenario, estimate_one
-from dse.cost.serving import accepted_tokens
+from dse.cost.serving import accepted_of
 from dse.cost.traffic import KINDS, Traffic, traffic_of
 from dse.cost.types import Number
 from dse.errors import InputError
@@ -24,8 +24,7 @@ def _one(x: Scenario) -> tuple[Traffic, Number]:
     """At the rate that the closed loop of `concurrency` requests reaches; its tokens/s, with rejected drafts."""
     load = x.load
     rate = estimate_one(x).request_rate / x.plan.replicas
-    draft: Number = 0.0 if load.draft_tokens is None else load.draft_tokens
-    accepted: Number = 1.0 if load.draft_tokens is None else accepted_tokens(draft, load.acceptance)
+    draft, accepted = load.drafted, accepted_of(load)
     tokens = rate * (load.isl * (1.0 - load.prefix_hit) + (load.osl - 1.0) * (1.0 + draft) / accepted)
     return traffic_of(x, tokens / x.plan.attention_dp), tokens
 
