@@ -20,7 +20,7 @@ from dse.catalog.precision import DISPATCH_QUANTISED
 from dse.catalog.schema import GpuEntry
 from dse.cost import collectives as coll
 from dse.cost.coefficients import Coefficients
-from dse.cost.types import Number, Routed, Topology, pytree, stack
+from dse.cost.types import Number, Routed, Topology, pytree
 from dse.errors import InputError, UnknownName
 from dse.numerics import pick
 
@@ -186,11 +186,9 @@ def _shown(value: Any) -> str:
 def _gathered(topologies: list[Topology]) -> Topology:
     """Networks of any depth as one batch."""
     places = {id(t): t for t in topologies}
-    deepest = max(len(t.levels) for t in places.values())
     row = {key: i for i, key in enumerate(places)}
-    batch = stack([hardware.pad_levels(t, deepest) for t in places.values()])
     index = np.array([row[id(t)] for t in topologies])
-    gathered: Topology = at_rows(batch, index)
+    gathered: Topology = at_rows(hardware.stacked(list(places.values())), index)
     return gathered
 
 

@@ -112,6 +112,14 @@ def pad_levels(topology: Topology, n: int) -> Topology:
     return replace(topology, levels=topology.levels + (free,) * (n - have))
 
 
+def stacked(topologies: Sequence[Topology]) -> Topology:
+    """Networks of any depth as one batch: leaves (n,), as many levels as the deepest has."""
+    from dse.cost.types import stack
+
+    depth = max(len(t.levels) for t in topologies)
+    return stack([pad_levels(t, depth) for t in topologies])
+
+
 # ------------------------------------------------------------------------------------------------- names
 
 

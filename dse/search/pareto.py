@@ -56,6 +56,11 @@ def on_front(values: Floats, indices: Ints) -> NDArray[np.intp]:
     return position[np.argsort(values[position, 0], kind="stable")]
 
 
+def foremost(values: Floats, most: int) -> NDArray[np.intp]:
+    """Positions of the `most` best rows by the first objective."""
+    return np.argsort(values[:, 0], kind="stable")[:most] if len(values) else np.zeros(0, np.intp)
+
+
 def dominated_by(values: Floats, references: Floats, margin: Floats) -> NDArray[np.bool_]:
     """Rows that some front member beats by the margin where they differ at all: what no float64 recheck can revive.
 

@@ -19,11 +19,12 @@ from dse.cost.coefficients import Coefficients
 from dse.cost.types import stack
 from dse.errors import InputError
 from dse.search.metrics import relative_excess, signed
-from dse.search.pareto import on_front
+from dse.search.pareto import foremost, on_front
 from dse.search.pipeline import Met, Pool, edges, lines, meet, pools_at, transfer
 from dse.search.pipeline_stages import Priced, price
 from dse.search.pipeline_tails import percentile
-from dse.search.result import Binding, SearchResult, provenance
+from dse.search.result import Binding, SearchResult, funnel_of, provenance
+from dse.space.compile import constraints_of
 from dse.space.pipeline import DELAYS, LARGE_MODELS, PipelineSpec, StageSpec
 from dse.space.pipeline_compile import CompiledPipeline, Design, compile_pipeline
 from dse.units import GIB, HOUR, MS
@@ -202,12 +203,7 @@ def _result(
     rates = np.concatenate([np.full(len(m.sums), r) for r, m in enumerate(met)])
     options, sums = (np.concatenate([getattr(m, name) for m in met]) for name in ("options", "sums"))
     rows = frame(p, pools, priced, ways, rates, options, sums)
-    limits = [
-        (name, op, float(value))
-        for name, bound in spec.constraints.items()
-        for op, value in (("max", bound.max), ("min", bound.min))
-        if value is not None
-    ]
+    limits = constraints_of(spec.constraints)
     over = np.array([relative_excess(rows[name].to_numpy(float), op, bound) for name, op, bound in limits]).reshape(
         -1, len(rows)
     )
@@ -216,7 +212,6 @@ def _result(
     names = [name for name, _ in spec.objectives]
     values = rows[names].to_numpy(float)[ok] * np.array(signed(spec.objectives))
     feasible = rows.iloc[np.flatnonzero(ok)].reset_index(drop=True)
-    order = np.argsort(values[:, 0], kind="stable")
     on = on_front(values, np.arange(len(values)))
     least: pd.DataFrame | None = None
     binding: tuple[Binding, ...] = ()
@@ -236,15 +231,10 @@ def _result(
         name=spec.name,
         sampler="grid",
         objectives=tuple(spec.objectives),
-        constraints=tuple(limits),
+        constraints=tuple((x.metric, x.op, x.bound) for x in limits),
         front=feasible.iloc[on].reset_index(drop=True),
-        candidates=feasible.iloc[order[:best]].reset_index(drop=True),
-        funnel=(
-            ("enumerated", everything),
-            ("legal", len(rows)),
-            ("fits in memory", len(rows)),
-            *((f"meets {m} {op} {bound:g}", int(n)) for (m, op, bound), n in zip(limits, passed, strict=True)),
-        ),
+        candidates=feasible.iloc[foremost(values, best)].reset_index(drop=True),
+        funnel=funnel_of(everything, len(rows), len(rows), limits, (len(rows), *passed)),
         cuts={CUT_MEMORY: everything - fitting, CUT_BEATEN: fitting - len(rows)},
         enumerated=everything,
         legal=len(rows),

@@ -21,7 +21,7 @@ from dse.cost.pipeline import Batched, Continuous, Job, batched, decode_time, jo
 from dse.cost.types import Load, Plan, replace
 from dse.space.pipeline import DELAYS, LARGE_MODELS, StageSpec
 from dse.space.pipeline_calls import Kinds, contexts
-from dse.space.pipeline_compile import CompiledPipeline
+from dse.space.pipeline_compile import CompiledPipeline, Design
 from dse.units import GB, MS
 
 Array = np.ndarray
@@ -53,6 +53,11 @@ def _compiled(function: Any) -> Any:
 def _each(function: Any, *trees: Any) -> Any:
     """`function` of every row."""
     return in_blocks(_compiled(function), *trees, least=256)
+
+
+def _each_of(designs: tuple[Design, ...], name: str) -> Array:
+    """A number of every design, (D,)."""
+    return np.array([getattr(d, name) for d in designs], float)
 
 
 def _machine_parts(p: CompiledPipeline, c: Coefficients, stage: str, index: Array) -> dict[str, Any]:
@@ -96,12 +101,12 @@ def _jobs(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Job:
     k = p.kinds[s.name]
     count, width = len(p.designs[s.name]), len(k.tokens)
     index = np.tile(np.repeat(np.arange(count), width), 2)
-    batch = np.array([d.batch for d in p.designs[s.name]], float)
+    batch = _each_of(p.designs[s.name], "batch")
     many = np.concatenate([np.ones(count * width), np.repeat(batch, width)])
     sequences = np.tile(k.sequences, 2 * count) * many
     return Job(
         **_machine_parts(p, c, s.name, index),
-        sequences=_dealt(s, sequences, np.array([d.copies for d in p.designs[s.name]], float)[index]),
+        sequences=_dealt(s, sequences, _each_of(p.designs[s.name], "copies")[index]),
         tokens=np.tile(k.tokens, 2 * count),
         cached=np.tile(k.cached, 2 * count),
         bidirectional=np.full(len(index), 1.0 if s.kind == "encoder" else 0.0),
@@ -127,7 +132,7 @@ def _of_jobs(p: CompiledPipeline, c: Coefficients, s: StageSpec, through: Array,
         (occupied.reshape(shape)[0], occupied.reshape(shape)[1]),
         k.weight,
         k.first,
-        np.array([d.batch for d in designs], float),
+        _each_of(designs, "batch"),
         np.full(len(designs), k.calls),
     )
     return _priced(p, c, s, jax.tree.map(np.asarray, times), k)
@@ -136,22 +141,21 @@ def _of_jobs(p: CompiledPipeline, c: Coefficients, s: StageSpec, through: Array,
 def _retrieval(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:
     """Queries are alike; a GPU's memory is read at the coefficients' share of its bandwidth."""
     designs, k = p.designs[s.name], p.kinds[s.name]
-    tp, batch = (np.array([getattr(d, name) for d in designs], float) for name in ("tp", "batch"))
+    tp, batch = (_each_of(designs, name) for name in ("tp", "batch"))
     machine = np.array([d.machine for d in designs])
     if s.host is not None:
         bandwidth = s.host.memory_gb_s * GB * tp
     else:
         bandwidth = np.asarray(p.devices.bandwidth)[machine] * np.asarray(c.memory)[machine, 0] * tp
-    index = float(s.vectors or 0.0) * float(s.vector_bytes or 0.0)
     alone, full = (
-        np.asarray(scan_time(index, s.scan, n, bandwidth, s.time_ms * MS))[:, None]
+        np.asarray(scan_time(s.index_bytes, s.scan, n, bandwidth, s.time_ms * MS))[:, None]
         for n in (np.ones_like(batch), batch)
     )
     both = alone, full
     one = np.ones(1)
     times = batched(both, both, one, one, batch, np.full(len(designs), k.calls))
     nothing = np.zeros(len(designs))
-    held = nothing if s.host is not None else index / tp
+    held = nothing if s.host is not None else s.index_bytes / tp
     return Priced(jax.tree.map(np.asarray, times), held, nothing, nothing, nothing)
 
 
@@ -159,7 +163,7 @@ def _decode(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:
     """Rows: designs x numbers of running calls x contexts (of all turns): a step is the mean over its calls'."""
     k, designs, r = p.kinds[s.name], p.designs[s.name], p.spec.request
     prompt, weight = contexts(k, CONTEXTS)
-    batch = np.array([d.batch for d in designs], float)
+    batch = _each_of(designs, "batch")
     alive = batch[:, None] ** np.linspace(0.0, 1.0, KNOTS)
     index = np.repeat(np.arange(len(designs)), KNOTS * len(prompt))
     load = _load(s, k, r.osl, np.repeat(alive.ravel(), len(prompt)))
@@ -180,7 +184,7 @@ def _decode(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:
 def _aggregated(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:
     """`load.concurrency`: seats of a replica."""
     k, designs = p.kinds[s.name], p.designs[s.name]
-    batch = np.array([d.batch for d in designs], float)
+    batch = _each_of(designs, "batch")
     load = _load(s, k, p.spec.request.osl, batch)
     return _priced(p, c, s, Scenario(**_machine_parts(p, c, s.name, np.arange(len(designs))), load=load), k)
 
@@ -206,12 +210,12 @@ def _priced(
     """With memory: a batch of the longest kind (batched), or all seats (decode, aggregated)."""
     designs = p.designs[s.name]
     parts = _machine_parts(p, c, s.name, np.arange(len(designs)))
-    batch = np.array([d.batch for d in designs], float)
+    batch = _each_of(designs, "batch")
     one = np.ones_like(batch)
     arch, plan = parts["architecture"], parts["plan"]
     if isinstance(times, Batched):
         longest = int(np.argmax(k.sequences * k.prompt))
-        sequences = _dealt(s, batch * k.sequences[longest], np.array([d.copies for d in designs], float))
+        sequences = _dealt(s, batch * k.sequences[longest], _each_of(designs, "copies"))
         load = replace(
             _load(s, k, 0.0, sequences),
             isl=float(k.prompt[longest]) * one,
@@ -253,4 +257,4 @@ def _seated(parts: dict[str, Any], load: Load, k: Kinds) -> Array:
     return seats * mean + SURE * np.sqrt(seats) * deviation
 
 
-__all__ = ["Priced", "at_rows", "price"]
+__all__ = ["Priced", "price"]

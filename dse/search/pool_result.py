@@ -12,11 +12,11 @@ import pandas as pd
 from dse.cost.coefficients import Coefficients
 from dse.errors import InputError
 from dse.search.metrics import relative_excess, signed
-from dse.search.pareto import on_front
+from dse.search.pareto import foremost, on_front
 from dse.search.pool_recheck import recheck_flat
 from dse.search.pools import Met, pair_all
 from dse.search.recheck import rounded
-from dse.search.result import Binding, SearchResult, provenance
+from dse.search.result import Binding, SearchResult, funnel_of, provenance
 from dse.space.pool_space import CompiledPools
 
 SPLIT, WHOLE = "disaggregated", "aggregated"
@@ -51,19 +51,15 @@ def _result(
     binding: tuple[Binding, ...] = ()
     if not len(rows) and met.least[1] >= 0:
         least, binding = _least(pools, c, met.least[1])
-    stages = ("fits in memory", *(f"meets {x.metric} {x.op} {x.bound:g}" for x in pools.constraints))
     legal = met.enumerated - sum(met.cuts.values())
-    funnel: tuple[tuple[str, int], ...] = (("enumerated", met.enumerated), ("legal", legal))
-    if met.evaluated < legal:
-        funnel += (("evaluated", met.evaluated),)
     return SearchResult(
         name=pools.spec.name,
         sampler="grid",
         objectives=tuple(pools.objectives),
         constraints=tuple((x.metric, x.op, x.bound) for x in pools.constraints),
         front=rows.iloc[on_front(values, met.front.indices[ok])].reset_index(drop=True),
-        candidates=rows.iloc[_best(values, best)].reset_index(drop=True),
-        funnel=(*funnel, *zip(stages, (int(n) for n in met.passed), strict=True)),
+        candidates=rows.iloc[foremost(values, best)].reset_index(drop=True),
+        funnel=funnel_of(met.enumerated, legal, met.evaluated, pools.constraints, met.passed),
         cuts=dict(met.cuts),
         enumerated=met.enumerated,
         legal=legal,
@@ -98,10 +94,6 @@ def _least(
     return row.assign(serving=SPLIT), tuple(broken)
 
 
-def _best(values: np.ndarray, best: int) -> np.ndarray:
-    return np.argsort(values[:, 0], kind="stable")[:best] if len(values) else np.zeros(0, np.int64)
-
-
 # -------------------------------------------------------------------------------------- against undivided serving
 
 
@@ -129,7 +121,7 @@ def joined(split: SearchResult, whole: SearchResult, best: int) -> SearchResult:
         split,
         sampler=whole.sampler,
         front=fronts.iloc[on].reset_index(drop=True),
-        candidates=candidates.iloc[_best(values(candidates), best)].reset_index(drop=True),
+        candidates=candidates.iloc[foremost(values(candidates), best)].reset_index(drop=True),
         funnel=tuple((s, sum(c.get(s, c["legal"]) for c in counts)) for s in stages),
         cuts={name: split.cuts.get(name, 0) + whole.cuts.get(name, 0) for name in {**whole.cuts, **split.cuts}},
         enumerated=split.enumerated + whole.enumerated,

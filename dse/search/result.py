@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -51,6 +52,19 @@ class SearchResult:
     binding: tuple[Binding, ...] = ()
     hypervolume_ratio: float | None = None  # sampled front against the exhaustive one, where both were computed
     run: dict[str, Any] = field(default_factory=dict)  # space, versions, seeds: what run.json adds
+
+
+def funnel_of(
+    enumerated: int,
+    legal: int,
+    evaluated: int,
+    constraints: Sequence[tuple[str, str, float]],
+    passed: Iterable[int],
+) -> tuple[tuple[str, int], ...]:
+    """(stage, points left); `passed`: those that fit in memory, then those that meet each constraint too."""
+    before = [("enumerated", enumerated), ("legal", legal), ("evaluated", evaluated)]
+    stages = ("fits in memory", *(f"meets {metric} {op} {bound:g}" for metric, op, bound in constraints))
+    return (*before[: 3 if evaluated < legal else 2], *zip(stages, (int(n) for n in passed), strict=True))
 
 
 def provenance(space: dict[str, Any], seed: int | None) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from dse.errors import InputError
 from dse.search.grid import Progress, Swept, Tiling, sweep
 from dse.search.intervals import with_intervals
 from dse.search.metrics import signed
-from dse.search.pareto import front, hypervolume, on_front
+from dse.search.pareto import foremost, front, hypervolume, on_front
 from dse.search.recheck import Rechecked, recheck
-from dse.search.result import Binding, SearchResult, provenance
+from dse.search.result import Binding, SearchResult, funnel_of, provenance
 from dse.space.compile import CompiledSpace, compile_space
 from dse.space.intervals import uncertainty_of
 from dse.space.pipeline import PipelineSpec
@@ -186,12 +186,6 @@ def finish(
     feasible = kept.feasible if len(kept.indices) else np.zeros(0, bool)
     rows = kept.rows[feasible].assign(ties=found.front.ties[feasible]) if len(kept.indices) else kept.rows
     values = kept.objectives[feasible]
-    stages = ("fits in memory", *(f"meets {x.metric} {x.op} {x.bound:g}" for x in space.constraints))
-    funnel: tuple[tuple[str, int], ...] = (("enumerated", space.enumerated), ("legal", space.legal))
-    if found.evaluated < space.legal:
-        funnel += (("evaluated", found.evaluated),)
-    funnel += tuple(zip(stages, (int(n) for n in found.passed), strict=True))
-    best = np.argsort(values[:, 0], kind="stable")[:BEST] if len(values) else np.zeros(0, np.int64)
 
     def written(which: np.ndarray) -> pd.DataFrame:
         frame = rows.iloc[which].reset_index(drop=True)
@@ -210,8 +204,8 @@ def finish(
         objectives=tuple(space.objectives),
         constraints=tuple((x.metric, x.op, x.bound) for x in space.constraints),
         front=written(on_front(values, kept.indices[feasible])),
-        candidates=written(best),
-        funnel=funnel,
+        candidates=written(foremost(values, BEST)),
+        funnel=funnel_of(space.enumerated, space.legal, found.evaluated, space.constraints, found.passed),
         cuts=dict(space.cuts),
         enumerated=space.enumerated,
         legal=space.legal,

@@ -366,6 +366,4 @@ def _precision(model_name: str, gpu: str, weights: str, kv: str) -> Precision:
 
 
 def _topologies(some: Sequence[Case]) -> Any:
-    found = [hardware.to_topology(hardware.cluster(c.cluster)) for c in some]
-    depth = max(len(t.levels) for t in found)
-    return stack([hardware.pad_levels(t, depth) for t in found])
+    return hardware.stacked([hardware.to_topology(hardware.cluster(c.cluster)) for c in some])

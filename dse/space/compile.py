@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from dse.space.load import together
 from dse.space.machines import Machine, machines
 from dse.space.metrics import OPEN
 from dse.space.open_load import demand_of, open_problems
-from dse.space.schema import SpaceSpec
+from dse.space.schema import Bound, SpaceSpec
 
 Array = np.ndarray
 MOST_OPERATING = 4_000_000
@@ -168,22 +168,20 @@ def compile_space(spec: SpaceSpec) -> CompiledSpace:
     if not result.size:
         raise _nothing_legal(spec, values, result)
     operating = _operating(spec)
-    topologies = [hardware.to_topology(m.cluster) for m in found]
-    depth = max(len(t.levels) for t in topologies)
     return CompiledSpace(
         spec=spec,
         models=tuple(entries),
         machines=tuple(found),
         architectures=stack(align([to_architecture(e) for e in entries])),
         devices=stack(devices),
-        topologies=stack([hardware.pad_levels(t, depth) for t in topologies]),
+        topologies=hardware.stacked([hardware.to_topology(m.cluster) for m in found]),
         precisions=stack(precisions),
         precision_names=tuple(names),
         drafts=draft_table(pairs) if any(name != NONE for name, _ in pairs) else None,
         designs=Designs(**{f.name: result.columns[f.name] for f in fields(Designs)}),
         operating=operating,
         workloads=_workloads(spec),
-        constraints=_constraints(spec),
+        constraints=constraints_of(spec.constraints),
         objectives=spec.objectives,
         enumerated=result.enumerated * len(operating),
         cuts={reason: count * len(operating) for reason, count in result.cuts.items()},
@@ -353,9 +351,10 @@ def _workloads(spec: SpaceSpec) -> Workloads:
     )
 
 
-def _constraints(spec: SpaceSpec) -> tuple[Constraint, ...]:
+def constraints_of(bounds: Mapping[str, Bound]) -> tuple[Constraint, ...]:
+    """What a space asks of its metrics, in order; of a metric with both, the most before the least."""
     result = []
-    for metric, bound in spec.constraints.items():
+    for metric, bound in bounds.items():
         if bound.max is not None:
             result.append(Constraint(metric, "max", bound.max))
         if bound.min is not None:
@@ -381,4 +380,5 @@ __all__ = [
     "PrecisionName",
     "Workloads",
     "compile_space",
+    "constraints_of",
 ]

@@ -154,6 +154,11 @@ class StageSpec(Strict):
     vector_bytes: Annotated[float | None, _amount("", open_low=True)] = None
     scan: Annotated[float, _amount("fraction", 0.0, 1.0, open_low=True)] = 1.0
 
+    @property
+    def index_bytes(self) -> float:
+        """Of a retrieval stage's whole index."""
+        return float(self.vectors or 0.0) * float(self.vector_bytes or 0.0)
+
     @model_validator(mode="before")
     @classmethod
     def _alias(cls, data: Any) -> Any:

@@ -19,8 +19,9 @@ from dse.space.facts import Facts, facts
 from dse.space.legal import CUT_DENSE_DP, CUT_DENSE_MOE, CUT_EXPERTS, CUT_HEADS, CUT_LAYERS, CUT_STAGE, CUT_WIDTH
 from dse.space.load import together
 from dse.space.machines import Machine, _machine
-from dse.space.pipeline import CONTINUOUS, LARGE_MODELS, PipelineSpec, StageSpec
+from dse.space.pipeline import LARGE_MODELS, PipelineSpec, StageSpec
 from dse.space.pipeline_calls import Kinds, kinds
+from dse.units import GIB
 
 
 class Design(NamedTuple):
@@ -147,8 +148,6 @@ def compile_pipeline(spec: PipelineSpec) -> CompiledPipeline:
                     f"{spec.where}: pipeline: no plan of stage {stage.name!r} is legal: {why}; give other tp, pp"
                 )
             designs[stage.name] = tuple(legal)
-    depth = max([len(hardware.to_topology(m.cluster).levels) for m in found], default=1)
-    topologies = [hardware.pad_levels(hardware.to_topology(m.cluster), depth) for m in found]
     return CompiledPipeline(
         spec=spec,
         machines=tuple(found),
@@ -156,7 +155,7 @@ def compile_pipeline(spec: PipelineSpec) -> CompiledPipeline:
         entry_of={name: distinct.index(entry.name) for name, entry in entries.items()},
         architectures=stack(align([to_architecture(e) for e in unique])),
         devices=stack([hardware.to_device(m.gpu) for m in found]),
-        topologies=stack(topologies),
+        topologies=hardware.stacked([hardware.to_topology(m.cluster) for m in found]),
         kinds=kinds(spec),
         designs=designs,
         illegal=illegal,
@@ -179,8 +178,7 @@ def _illegal(spec: PipelineSpec, stage: StageSpec, of: Facts | None, d: Design, 
         return f"{stage.name}: a replica has more GPUs than there are"
     if stage.kind == "retrieval":
         capacity = stage.host.capacity_gib if stage.host else machines[d.machine].gpu.capacity_gib.value
-        index = float(stage.vectors or 0.0) * float(stage.vector_bytes or 0.0) / 2**30
-        return None if index <= capacity * d.tp else f"{stage.name}: the index is larger than memory"
+        return None if stage.index_bytes / GIB <= capacity * d.tp else f"{stage.name}: the index is larger than memory"
     wrong = None if of is None else _indivisible(of, stage, d)
     return f"{stage.name}: {wrong}" if wrong else None
 
@@ -208,4 +206,4 @@ def _indivisible(of: Facts, stage: StageSpec, d: Design) -> str | None:
     return None if of.moe_tp(ranks // ep).all() else CUT_WIDTH
 
 
-__all__ = ["CONTINUOUS", "CompiledPipeline", "Design", "Kinds", "compile_pipeline", "kinds"]
+__all__ = ["CompiledPipeline", "Design", "Kinds", "compile_pipeline", "kinds"]

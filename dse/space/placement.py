@@ -28,7 +28,7 @@ NAMES = ("pp_across", "tp_prefill", "pp_prefill", "tp_decode", "pp_decode")
 SHOWN = (*NAMES, "gpus", "same_node", "req_s_gpu", "req_s", "l_m", "ttft_met", "tpot_met", "reason")
 MOST_PLACEMENTS = 20_000
 BLOCK = 256  # placements a call
-TOP = 64.0  # requests/s a GPU: the bisection's upper end, doubled while it is reached
+TOP = 64.0  # requests/s a GPU: the bisection's upper end, 16 times as much while it is reached
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from dse.errors import InputError
-from dse.space.compile import CompiledSpace, Constraint, compile_space
+from dse.space.compile import CompiledSpace, Constraint, compile_space, constraints_of
 from dse.space.facts import facts
 from dse.space.pools import DEGREES, FFN_GPUS, MICRO_BATCHES, NO_STAGES, POOLS, WORKERS
 from dse.space.schema import Disaggregated, PoolAxes, SpaceSpec
@@ -63,7 +63,6 @@ def compile_pools(spec: SpaceSpec) -> CompiledPools:
     budget, experts = max(spec.gpus), _experts(spec, pools, decode)
     smallest = int(prefill.designs.gpus.min()), int(decode.designs.gpus.min()) + min(own for own, _ in experts)
     ratios = _ratios(spec, pools, budget, *smallest)
-    whole = compile_targets(spec)
     return CompiledPools(
         spec=spec,
         prefill=prefill,
@@ -72,19 +71,9 @@ def compile_pools(spec: SpaceSpec) -> CompiledPools:
         ratios=ratios,
         transfers=pools.kv_transfer,
         experts=experts,
-        constraints=whole,
+        constraints=constraints_of(spec.constraints),
         objectives=spec.objectives,
     )
-
-
-def compile_targets(spec: SpaceSpec) -> tuple[Constraint, ...]:
-    """The space's constraints, in order."""
-    found = []
-    for metric, bound in spec.constraints.items():
-        found += [
-            Constraint(metric, op, value) for op, value in (("max", bound.max), ("min", bound.min)) if value is not None
-        ]
-    return tuple(found)
 
 
 def _pool(spec: SpaceSpec, pools: Disaggregated, name: str, fixed: dict[str, object]) -> CompiledSpace:
