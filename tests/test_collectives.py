@@ -17,6 +17,7 @@ from dse.calibrate.fit import cross_validate, folds
 from dse.calibrate.nccl_tests import read_nccl_tests
 from dse.calibrate.parameters import FREE, Layout
 from dse.catalog import hardware
+from dse.catalog.coefficients import coefficient_set
 from dse.cost import collectives as coll
 from dse.cost.coefficients import Coefficients
 from dse.cost.types import Routed, replace
@@ -124,6 +125,24 @@ def test_more_sms_copy_faster_until_the_links_are_full() -> None:
     assert (np.diff(times) < 0).all()
     assert times[0] / times[1] > 1.8
     assert times[3] / times[4] < 1.15
+
+
+def test_tensorrt_llm_exchanges_over_nvlink_with_all_sms() -> None:
+    """Published for GB200, EP 8, DeepSeek-V3's sizes in bf16, every token to every rank (TensorRT-LLM's blog 18)."""
+    published = {512: (89.5, 91.7), 1024: (166.3, 175.6), 2048: (311.8, 322.6)}  # tokens a rank: us
+    topology = hardware.to_topology(hardware.cluster(hardware.gpu("gb200").default_cluster))
+    everywhere = Routed(experts=256.0, top_k=256.0, d_in=7168.0, width=2048.0, matrices=3.0)
+    g = coll.group(topology, 8.0, 1.0)
+    seen = []
+    for engine in ("trtllm", "sglang"):
+        c = coefficient_set().of("blackwell", "gb200", engine)
+        lines = [way(topology, g, everywhere, 2.0, 2 * 7168.0, c) for way in (coll.dispatch, coll.combine)]
+        pairs = [
+            (line(float(n)) * 1e6, us) for n, both in published.items() for line, us in zip(lines, both, strict=True)
+        ]
+        seen.append(np.array([float(ours) / us for ours, us in pairs]))
+    assert abs(seen[0] - 1.0).max() < 0.15
+    assert (seen[1] > seen[0]).all()  # twenty SMs
 
 
 def test_few_tokens_go_by_low_latency_and_many_by_throughput() -> None:

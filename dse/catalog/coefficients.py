@@ -28,6 +28,17 @@ BEST = "measured"  # the set used where none is named
 KERNELS = "kernels"  # the file of `kernel_coefficients`, which is no such set
 LEVELS = ("generation", "gpu", "engine", "version", "model")
 _NAMES = tuple(f.name for f in fields(Coefficients))
+# What an engine does by default where the set's numbers are of another's kernels, by (generation, engine). TensorRT-LLM
+# exchanges MoE tokens inside an NVLink domain of Blackwell from all SMs, one-sidedly, where DeepEP has twenty SMs and
+# a handshake (blog 18 of its documentation, "Optimizing MoE Communication with One-Sided AlltoAll Over NVLink").
+ONE_SIDED = {
+    "dispatch_sms": 148.0,
+    "link_dispatch": 0.80,
+    "dispatch_base": 12e-6,
+    "dispatch_fill": 0.0,
+    "combine_base": 2e-6,  # and 18 us for a token's way
+}
+ENGINE_DEFAULTS = {(generation, "trtllm"): ONE_SIDED for generation in ("blackwell", "blackwell-ultra")}
 # Where physics sets a limit, whatever the data say and the factors multiply to.
 BOUNDS = {
     "memory": (0.2, 1.0),
@@ -60,6 +71,7 @@ class CoefficientSet:
         for level, key in zip(LEVELS, (generation, gpu, engine, version, model), strict=True):
             for name, factor in self.factors.get(level, {}).get(key, {}).items():
                 values[name] = values[name] * factor
+        values |= ENGINE_DEFAULTS.get((generation, engine), {})
         for name, (low, high) in BOUNDS.items() if self.factors else ():
             values[name] = min(max(values[name], low), high)
         return Coefficients(**values)
