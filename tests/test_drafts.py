@@ -138,6 +138,20 @@ def test_the_axis_is_searched_and_its_rows_are_estimated_to_the_same_numbers() -
         assert again[name].to_numpy(float) == pytest.approx(table[name].astype(float).to_numpy(), rel=1e-6)
 
 
+def test_the_tp_of_a_draft_model_is_an_axis() -> None:
+    """Each plan of it is what a row with the same draft_tp gives; `auto` and the target's own TP are one plan."""
+    axes = {"draft_tp": ["auto", 1, 4], "draft_model": [SMALL], "draft_tokens": [2], "tp": [2, 4]}
+    found = search(parse_space({**SPACE, "gpus": [4], "axes": {**SPACE["axes"], **axes}}), coefficients=PHYSICS)
+    assert found.enumerated == found.legal + sum(found.cuts.values())
+    assert {(2, 1), (2, 2), (4, 1), (4, 4)} == set(
+        zip(found.candidates["tp"], found.candidates["draft_tp"], strict=True)
+    )
+    table = pd.read_csv(io.StringIO(csv(found.candidates)), dtype=str)
+    again = estimate_cases(table, PHYSICS)
+    for name in ("ttft_ms", "tpot_ms", "memory_gib"):
+        assert again[name].to_numpy(float) == pytest.approx(table[name].astype(float).to_numpy(), rel=1e-6)
+
+
 def test_a_space_without_the_axis_has_no_table_of_drafts() -> None:
     axes = {k: v for k, v in SPACE["axes"].items() if k != "draft_model"}
     assert compile_space(parse_space({**SPACE, "axes": {**axes, "draft_tokens": 0}})).drafts is None
@@ -150,6 +164,8 @@ def test_a_space_without_the_axis_has_no_table_of_drafts() -> None:
         ({"draft_model": ["none", SMALL]}, ["draft_tokens", "MTP", "draft_model: [NAME]"]),
         ({"draft_model": ["Qwen3-0.6B"]}, ["axes.draft_model", "tokenizer"]),
         ({"draft_tokens": [0]}, ["axes.draft_tokens", "drafts nothing"]),
+        ({"draft_tp": [3]}, ["none of", "draft_tp is neither 1 nor"]),
+        ({"draft_tp": ["some"]}, ["axes.draft_tp", "'some'"]),
     ],
 )
 def test_a_wrong_axis_says_why(axes: dict[str, Any], words: list[str]) -> None:

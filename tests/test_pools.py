@@ -282,7 +282,11 @@ def test_split_and_whole_rows_in_one_file() -> None:
         ({"decode_gpu": "h10"}, ["decode pool", "h10", "h100"]),
         ({"concurrency": 0.5}, ["concurrency", "0.5"]),
         ({"decode_num_workers": "", "decode_tp_size": ""}, ["decode_*", "give both pools"]),
-        ({"speculation": 2, "draft_model": "Llama-3.2-1B"}, ["draft_model", "split deployment", "MTP"]),
+        ({"speculation": 2, "draft_model": "Qwen3-0.6B"}, ["prefill pool", "draft_model", "tokenizer"]),
+        (
+            {"model": "Qwen3-30B-A3B", "speculation": 2, "draft_model": "0.5B", "decode_ffn_gpus": 2},
+            ["draft_model: 0.5B", "decode_ffn_gpus", "allowed: none"],
+        ),
         (
             {"model": "Qwen3-30B-A3B", "decode_tp_size": 2, "decode_pp_size": 2, "decode_ffn_gpus": 2},
             ["decode_pp_size: 2", "allowed: 1"],

@@ -242,8 +242,12 @@ def test_experts_on_gpus_of_their_own_are_searched_and_estimated() -> None:
         ({"disaggregated": {"prefill": {"gpus": 1}, "decode": {"gpus": 1, "prefix_hit": 0.5}}}, ["decode.prefix_hit"]),
         ({"disaggregated": {"prefill": {"gpus": 1, "acceptance": 0.5}, "decode": {"gpus": 1}}}, ["prefill.acceptance"]),
         (
-            {"disaggregated": {"prefill": {"gpus": 1}, "decode": {"gpus": 1, "draft_model": "Qwen3-0.6B"}}},
-            ["decode.draft_model", "undivided"],
+            {"disaggregated": {"prefill": {"gpus": 1, "draft_model": "0.5B"}, "decode": {"gpus": 1}}},
+            ["prefill.draft_model", "the decode pool's"],
+        ),
+        (
+            {"disaggregated": {"prefill": {"gpus": 1}, "decode": {"gpus": 1, "ffn_gpus": 2, "draft_model": "0.5B"}}},
+            ["decode.draft_model: 0.5B", "ffn_gpus"],
         ),
         (
             {"disaggregated": {"prefill": {"gpus": 1, "kv": "bf16"}, "decode": {"gpus": 1, "kv": "fp8"}}},

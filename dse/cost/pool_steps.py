@@ -88,9 +88,14 @@ def _with_ranks(s: Sharded, ranks: Number) -> Sharded:
 
 
 def prefill_memory(x: Scenario) -> Memory:
-    """A prefill worker holds the prompts of one step a rank, and no answers."""
+    """A prefill worker holds the prompts of one step a rank, and no answers; a draft model, for it has them too."""
     prompts = jnp.maximum(x.load.chunk / jnp.maximum(x.load.isl, 1.0), 1.0)
-    load = replace(x.load, osl=jnp.ones_like(prompts), concurrency=prompts * x.plan.attention_dp)
+    load = replace(
+        x.load,
+        osl=jnp.ones_like(prompts),
+        concurrency=prompts * x.plan.attention_dp,
+        draft_tokens=None if x.plan.draft is None else x.plan.draft.present,
+    )
     return memory(x.architecture, x.device, x.plan, load, x.coefficients)
 
 

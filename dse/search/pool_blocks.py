@@ -27,9 +27,10 @@ from dse.search.pool_workers import (
     price_pool,
 )
 from dse.space.compile import CompiledSpace
-from dse.space.pool_space import CompiledPools
+from dse.space.drafts import NONE
+from dse.space.pool_space import CompiledPools, draft_names
 
-CUT_BUDGET = "more GPUs than the budget, or two KV formats"
+CUT_BUDGET = "more GPUs than the budget, two KV formats or two draft models"
 CUT_PREFILL_MEMORY = "prefill worker does not fit in memory"
 CUT_DECODE_MEMORY = "decode worker does not fit in memory"
 CUT_DECODE_LIMIT = "decode worker breaks a limit by itself"
@@ -46,7 +47,7 @@ class Table:
     groups: tuple[list[tuple[Key, int, int]], list[tuple[Key, int, int]]]
 
 
-Key = tuple[int, int, float]  # machine, GPUs of a worker, KV bytes an element
+Key = tuple[int, int, float, int]  # machine, GPUs of a worker, KV bytes an element, draft model
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,22 +71,23 @@ class Groups:
         return order, [(key, first, last) for key, first, last in found if last > first]
 
 
-def _groups(space: CompiledSpace, experts: Sequence[tuple[int, int]] = ((0, 1),)) -> Groups:
-    """Groups of points x experts, the experts' own GPUs counted."""
-    d = space.designs
+def _groups(space: CompiledSpace, drafts: list[str], experts: Sequence[tuple[int, int]] = ((0, 1),)) -> Groups:
+    """Groups of points x experts, the experts' own GPUs counted. `drafts`: the draft models that the pools know."""
+    d, q = space.designs, len(space.operating)
     cache = np.asarray(space.precisions.kv_bytes)[d.precision_index]
-    designs = np.stack([d.machine, d.gpus, cache], axis=1).astype(np.float64)
-    own = np.array([[0.0, gpus, 0.0] for gpus, _ in experts])
-    each = (designs[:, None, :] + own[None]).reshape(-1, 3)
+    designs = np.repeat(np.stack([d.machine, d.gpus, cache], axis=1).astype(np.float64), q, axis=0)
+    points = np.column_stack([designs, [drafts.index(name) for name in draft_names(space)]])
+    own = np.array([[0.0, gpus, 0.0, 0.0] for gpus, _ in experts])
+    each = (points[:, None, :] + own[None]).reshape(-1, 4)
     keys, of = np.unique(each, axis=0, return_inverse=True)
-    by_point = np.repeat(of.reshape(len(designs), 1, len(own)), len(space.operating), axis=1)
-    return Groups(tuple((int(k[0]), int(k[1]), float(k[2])) for k in keys), by_point.ravel())
+    return Groups(tuple((int(k[0]), int(k[1]), float(k[2]), int(k[3])) for k in keys), of.ravel())
 
 
 def arrange(pools: CompiledPools, t: tuple[Tables, Tables], prune: bool) -> tuple[Table, dict[str, int], int]:
     """Both pools priced and sifted; what was cut, in points (pairs x numbers of workers within the budget)."""
     p, d = price_pool(t[0], prefill_kernel), price_decode(t[1], pools.experts)
-    groups = _groups(pools.prefill), _groups(pools.decode, pools.experts)
+    drafts = [NONE, *(name for name in pools.decode.spec.axes.draft_model if name != NONE)]
+    groups = _groups(pools.prefill, drafts), _groups(pools.decode, drafts, pools.experts)
     alive = [np.ones(len(g.of), bool) for g in groups]
     tests: list[tuple[int, str, np.ndarray]] = []
     if prune:
@@ -135,8 +137,8 @@ def arrange(pools: CompiledPools, t: tuple[Tables, Tables], prune: bool) -> tupl
 
 
 def _ratios(pools: CompiledPools, a: Key, b: Key) -> list[int]:
-    """Numbers of workers that may join two groups: one KV format, within the budget."""
-    return [r for r, (p, d) in enumerate(pools.ratios) if a[2] == b[2] and p * a[1] + d * b[1] <= pools.budget]
+    """Numbers of workers that may join two groups: one KV format and draft model, within the budget."""
+    return [r for r, (p, d) in enumerate(pools.ratios) if a[2:] == b[2:] and p * a[1] + d * b[1] <= pools.budget]
 
 
 def cached_layers(t: tuple[Tables, Tables]) -> float:

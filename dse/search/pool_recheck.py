@@ -18,7 +18,7 @@ from dse.search.kernel import Questions, Tables, rows_of, scenarios, tables
 from dse.search.metrics import signed
 from dse.search.pairs import Job, Paired, meet, questions, value_of
 from dse.search.pool_blocks import Table, arrange, cached_layers, lines_between
-from dse.search.pool_workers import DecodeWorkers, PrefillWorkers, compiled, experts_side, loaded
+from dse.search.pool_workers import DecodeWorkers, PrefillWorkers, compiled, drafting, experts_side, loaded
 from dse.space.pool_space import CompiledPools, describe_pairs, unravel
 from dse.space.pools import split_columns
 
@@ -38,7 +38,8 @@ def _exact_kernel(
     sides = []
     for table, (rows, columns) in zip(t, points, strict=True):
         load = jax.vmap(partial(loaded, table))(rows_of(table.loads, columns))
-        sides.append(replace(scenarios(table, rows), load=replace(load, concurrency=users)))
+        x = jax.vmap(drafting)(replace(scenarios(table, rows), load=load))
+        sides.append(replace(x, load=replace(load, concurrency=users)))
     return jax.vmap(estimate_split_one)(
         Split(
             prefill=sides[0],

@@ -15,7 +15,7 @@ from dse.cost.afd import AttentionFfn, estimate_attention_ffn_one
 from dse.cost.evaluate import Scenario
 from dse.cost.pool_steps import decode_memory, decode_rate, decode_times, fuller, prefill_memory, prefill_times
 from dse.cost.pools import Receiver, Sender, burdens, receiver, sender
-from dse.cost.shard import Sharded, shard_scenario
+from dse.cost.shard import Sharded, shard_scenario, speculating
 from dse.cost.types import Load, Number, pytree
 from dse.programs import quick
 from dse.search.kernel import Tables, scenarios
@@ -49,6 +49,11 @@ def loaded(t: Tables, load: Load) -> Load:
     return replace(load, isl=t.isl[0], osl=t.osl[0], prefix_hit=hit)
 
 
+def drafting(x: Scenario) -> Scenario:
+    """Without its draft model where the load drafts nothing."""
+    return replace(x, plan=speculating(x.plan, x.load))
+
+
 def prefill_kernel(t: Tables, rows: Number) -> PrefillWorkers:
     """Designs of the pool under every chunk: leaves (rows, Q)."""
     x = scenarios(t, rows)
@@ -69,9 +74,9 @@ def decode_kernel(t: Tables, rows: Number) -> DecodeWorkers:
     sharded = jax.lax.optimization_barrier(jax.vmap(shard_scenario)(x))
 
     def point(x: Scenario, s: Sharded, load: Load) -> DecodeWorkers:
-        x = replace(x, load=loaded(t, load))
+        x = drafting(replace(x, load=loaded(t, load)))
         running = x.load.concurrency
-        memory, tpot = decode_memory(x, running), decode_times(s, x.load, running).tpot
+        memory, tpot = decode_memory(x, running), decode_times(replace(s, plan=x.plan), x.load, running).tpot
         return DecodeWorkers(
             side=receiver(x, jnp.zeros_like(tpot)),
             tpot=tpot,
@@ -160,6 +165,7 @@ __all__ = [
     "PrefillWorkers",
     "compiled",
     "dominant",
+    "drafting",
     "experts_side",
     "loaded",
     "prefill_kernel",

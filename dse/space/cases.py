@@ -155,8 +155,6 @@ def _any_case(row: dict[str, str]) -> Case | SplitCase:
 
 def _split_case(row: dict[str, str]) -> SplitCase:
     """Both pools looked up as deployments of their own, each carrying the whole deployment's requests in flight."""
-    if (row.get("draft_model") or NONE).lower() != NONE:
-        raise InputError(f"draft_model: {row['draft_model']} in a split deployment (allowed: none; MTP by speculation)")
     parts = pools.take_apart(row)
     load = number(row, "concurrency", 1.0, low=1.0)  # a mean number in flight need not be whole
     found = []
@@ -165,7 +163,7 @@ def _split_case(row: dict[str, str]) -> SplitCase:
             case = _case(getattr(parts, pool))
         except InputError as error:
             raise pools.pool_message(pool, error) from None
-        drafted = 0.0 if pool == "prefill" else case.load.draft_tokens  # prefill workers draft nothing
+        drafted = 0.0 if pool == "prefill" else case.load.draft_tokens  # prefill workers compute a draft's prompts only
         found.append(replace(case, load=replace(case.load, concurrency=load, draft_tokens=drafted)))
     name = f"_{pools.WORKERS}"
     counts = {pool + name: text for pool, text in zip(pools.POOLS, parts.workers, strict=True)}
@@ -182,6 +180,8 @@ def _experts(parts: pools.SplitRow, decode: Case) -> tuple[Case | None, float]:
     gpus = number(texts, pools.FFN_GPUS, 0.0, low=0.0, whole=True)
     if not gpus:
         return None, 1.0
+    if decode.draft is not None:
+        raise InputError(f"draft_model: {decode.draft[0]} beside {pools.FFN_GPUS} (allowed: none; MTP by speculation)")
     if decode.plan["pp"] > 1:
         raise InputError(
             f"decode_pp_size: {decode.plan['pp']:g} beside {pools.FFN_GPUS} (allowed: 1): {pools.NO_STAGES}"

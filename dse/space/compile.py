@@ -23,7 +23,7 @@ from dse.cost.goodput import Demand
 from dse.cost.types import CP_METHODS, DISPATCHES, OVERLAPS, Architecture, Device, Precision, Topology, stack
 from dse.errors import InputError
 from dse.space.degrees import degrees
-from dse.space.drafts import NONE, draft_entry, draft_table
+from dse.space.drafts import NONE, draft_problems, draft_table, sharing
 from dse.space.facts import Facts, facts
 from dse.space.legal import Degrees, Enumeration, Rules, enumerate_designs
 from dse.space.load import together
@@ -72,6 +72,7 @@ class Designs:
     microbatches: Array  # 0: pp
     utilisation: Array  # share of the capacity that may be used
     draft_model: Array  # index of the axis's values
+    draft_tp: Array
 
     def __len__(self) -> int:
         return len(self.model)
@@ -152,7 +153,7 @@ def compile_space(spec: SpaceSpec) -> CompiledSpace:
     shapes = facts(entries)
     fits, problems = _contexts(spec, shapes)
     pairs = [(name, entry) for entry in entries for name in spec.axes.draft_model]
-    problems += _drafts(spec, shapes) + _draft_models(spec, pairs) + _hits(spec)
+    problems += draft_problems(spec, shapes, pairs) + _hits(spec)
     problems += open_problems(spec)
     values, more = degrees(spec, shapes, found)
     if problems or more:
@@ -160,7 +161,7 @@ def compile_space(spec: SpaceSpec) -> CompiledSpace:
     devices = [hardware.to_device(m.gpu) for m in found]
     combinations, rows, names, precisions = _precisions(spec, entries, devices)
     sizes = np.array([m.size for m in found], np.int64)
-    rules = _rules(spec, combinations, rows)
+    rules = _rules(spec, combinations, rows, sharing(spec.axes.draft_model, entries, int(values.tp.max())))
     try:
         result = enumerate_designs(shapes, sizes, fits, values, rules, spec.options.uneven_pp)
     except InputError as error:
@@ -220,33 +221,6 @@ def _contexts(spec: SpaceSpec, shapes: Facts) -> tuple[Array, list[str]]:
     ]
 
 
-def _drafts(spec: SpaceSpec, shapes: Facts) -> list[str]:
-    """Draft tokens need MTP modules (or a draft model) in every model: load and design are independent axes."""
-    without = [name for name, has in zip(shapes.names, shapes.has_mtp) if not has]
-    most = max(spec.axes.draft_tokens)
-    if not most or not without or spec.options.external_draft or NONE not in spec.axes.draft_model:
-        return []
-    return [
-        f"axes.draft_tokens: {most} needs MTP modules, of which {', '.join(without[:3])} has none (allowed: 0);"
-        " axes.draft_model: [NAME] drafts with a smaller model; options.external_draft: true with one that is free"
-    ]
-
-
-def _draft_models(spec: SpaceSpec, pairs: list[tuple[str, ModelEntry]]) -> list[str]:
-    """What keeps a draft model from drafting for a model."""
-    problems = []
-    for name, entry in pairs:
-        try:
-            if name != NONE:
-                draft_entry(name, entry)
-        except InputError as error:
-            problems.append(f"axes.draft_model: {str(error).removeprefix('draft_model: ')}")
-    known = [name for name, _ in pairs if name != NONE]
-    if known and not max(spec.axes.draft_tokens):
-        problems.append(f"axes.draft_tokens: 0, so {known[0]} drafts nothing; give the tokens it drafts a step")
-    return problems
-
-
 def _hits(spec: SpaceSpec) -> list[str]:
     """Prefix hits are the axis's or the workloads'; an open loop has its own, by request."""
     if spec.axes.prefix_hit is None:
@@ -296,7 +270,7 @@ _WITHOUT_EXPERTS = {
 }
 
 
-def _rules(spec: SpaceSpec, combinations: Array, rows: Array) -> Rules:
+def _rules(spec: SpaceSpec, combinations: Array, rows: Array, draft_over: Array) -> Rules:
     axes = spec.axes
     none = ("none",)
     pairs = (
@@ -315,6 +289,8 @@ def _rules(spec: SpaceSpec, combinations: Array, rows: Array) -> Rules:
         microbatches=np.array(axes.microbatches, np.int64),
         utilisation=np.array(axes.utilisation, np.float64),
         draft_model=np.arange(len(axes.draft_model)),
+        draft_over=draft_over,
+        draft_tp=np.array(axes.draft_tp, np.int64),
     )
 
 

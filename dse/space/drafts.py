@@ -12,7 +12,8 @@ from dse.catalog.model_schema import FeedForwardSpec, ModelEntry
 from dse.catalog.models import model, parameter_count, to_architecture
 from dse.cost.types import Architecture, replace, stack
 from dse.errors import InputError
-from dse.space.facts import facts
+from dse.space.facts import Facts, facts
+from dse.space.schema import SpaceSpec
 
 NONE = "none"
 SIZES = {"m": 1e6, "b": 1e9}
@@ -80,6 +81,45 @@ def draft_table(pairs: Sequence[tuple[str, ModelEntry]]) -> Architecture:
     return stack([nothing_like(like) if x is None else x for x in found])
 
 
+def sharing(names: Sequence[str], targets: Sequence[ModelEntry], most: int) -> np.ndarray:
+    """The TP of each draft model (axis 1) by its target (0) and the target's own, 0..most (2); 0 where none drafts."""
+    tps = np.maximum(np.arange(most + 1), 1)
+    nobody = np.zeros(most + 1, np.int64)
+    return np.array([[nobody if name == NONE else shared_over(name, one, tps) for name in names] for one in targets])
+
+
+def draft_problems(spec: SpaceSpec, shapes: Facts, pairs: Sequence[tuple[str, ModelEntry]]) -> list[str]:
+    """What keeps the drafts that a space asks for from being drafted."""
+    return _without_modules(spec, shapes) + _unfit(spec, pairs)
+
+
+def _without_modules(spec: SpaceSpec, shapes: Facts) -> list[str]:
+    """Draft tokens need MTP modules (or a draft model) in every model: load and design are independent axes."""
+    without = [name for name, has in zip(shapes.names, shapes.has_mtp) if not has]
+    most = max(spec.axes.draft_tokens)
+    if not most or not without or spec.options.external_draft or NONE not in spec.axes.draft_model:
+        return []
+    return [
+        f"axes.draft_tokens: {most} needs MTP modules, of which {', '.join(without[:3])} has none (allowed: 0);"
+        " axes.draft_model: [NAME] drafts with a smaller model; options.external_draft: true with one that is free"
+    ]
+
+
+def _unfit(spec: SpaceSpec, pairs: Sequence[tuple[str, ModelEntry]]) -> list[str]:
+    """What keeps a draft model from drafting for a model."""
+    problems = []
+    for name, entry in pairs:
+        try:
+            if name != NONE:
+                draft_entry(name, entry)
+        except InputError as error:
+            problems.append(f"axes.draft_model: {str(error).removeprefix('draft_model: ')}")
+    known = [name for name, _ in pairs if name != NONE]
+    if known and not max(spec.axes.draft_tokens):
+        problems.append(f"axes.draft_tokens: 0, so {known[0]} drafts nothing; give the tokens it drafts a step")
+    return problems
+
+
 def nothing_like(arch: Architecture) -> Architecture:
     """A model of the same structure that computes and holds nothing."""
     return replace(
@@ -93,4 +133,13 @@ def nothing_like(arch: Architecture) -> Architecture:
     )
 
 
-__all__ = ["NONE", "draft_architecture", "draft_entry", "draft_table", "head_of", "shared_over"]
+__all__ = [
+    "NONE",
+    "draft_architecture",
+    "draft_entry",
+    "draft_problems",
+    "draft_table",
+    "head_of",
+    "shared_over",
+    "sharing",
+]

@@ -49,6 +49,8 @@ CUT_ULYSSES = "ulysses needs tp*cp within the KV heads"
 CUT_CP_METHOD = "cp_method does not matter without cp"
 CUT_SP = "sequence_parallel does not matter without tp"
 CUT_MICRO = "microbatches that do not matter here"
+CUT_DRAFT = "draft_tp is neither 1 nor the target's tp"
+CUT_DRAFT_TP = "draft_tp that is another's, or of no draft model"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Rules:
     microbatches: Array
     utilisation: Array
     draft_model: Array
+    draft_over: Array  # (models, draft models, target's tp): TP of a draft model that is shared out; 0: none drafts
+    draft_tp: Array  # 0: shared out
 
 
 def enumerate_designs(
@@ -321,6 +325,11 @@ def _rule_axes(facts: Facts, r: Rules) -> list[Axis]:
     def draft_model(prefix: Columns) -> Verdict:
         return [], {"draft_model": r.draft_model[None, :]}
 
+    def draft_tp(prefix: Columns) -> Verdict:
+        shared = r.draft_over[prefix["model"], prefix["draft_model"], prefix["tp"]][:, None]
+        value = np.where((r.draft_tp[None, :] == 0) | (shared == 0), np.maximum(shared, 1), r.draft_tp[None, :])
+        return [(CUT_DRAFT, (value != 1) & (value != shared)), (CUT_DRAFT_TP, _keep_first(value))], {"draft_tp": value}
+
     return [
         Axis("weights", len(r.formats), formats),
         Axis("overlap", len(r.overlaps), overlap),
@@ -331,6 +340,7 @@ def _rule_axes(facts: Facts, r: Rules) -> list[Axis]:
         Axis("microbatches", len(r.microbatches), microbatches),
         Axis("utilisation", len(r.utilisation), utilisation),
         Axis("draft_model", len(r.draft_model), draft_model),
+        Axis("draft_tp", len(r.draft_tp), draft_tp),
     ]
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from dse.errors import InputError
 from dse.space.compile import CompiledSpace, Constraint, compile_space, constraints_of
+from dse.space.drafts import NONE
 from dse.space.facts import facts
 from dse.space.pools import DEGREES, FFN_GPUS, MICRO_BATCHES, NO_STAGES, POOLS, WORKERS
 from dse.space.schema import Disaggregated, PoolAxes, SpaceSpec
@@ -18,7 +19,7 @@ Array = np.ndarray
 MOST_RATIOS = 4096
 # What a pool's row says that is the deployment's, not the pool's.
 _SHARED = ("model", "isl", "osl", "prefix_hit")
-_LOADS = ("concurrency", "chunk", "speculation", "acceptance", "static_batch")
+_LOADS = ("concurrency", "chunk", "speculation", "acceptance", "draft_model", "static_batch")
 _LEFT_OUT = frozenset((*_SHARED, *_LOADS, "gpus", "replicas"))
 
 
@@ -58,7 +59,7 @@ def compile_pools(spec: SpaceSpec) -> CompiledPools:
             raise InputError(
                 f"{spec.where}: {name}: {len(items)} of them (allowed beside `disaggregated`: 1); search each by itself"
             )
-    prefill = _pool(spec, pools, "prefill", {"concurrency": (1,)})
+    prefill = _pool(spec, pools, "prefill", {"concurrency": (1,), **_drafting(pools.decode)})
     decode = _pool(spec, pools, "decode", {})
     budget, experts = max(spec.gpus), _experts(spec, pools, decode)
     smallest = int(prefill.designs.gpus.min()), int(decode.designs.gpus.min()) + min(own for own, _ in experts)
@@ -86,9 +87,26 @@ def _pool(spec: SpaceSpec, pools: Disaggregated, name: str, fixed: dict[str, obj
         "constraints": {},
         "disaggregated": None,
     }
+    if "draft_model" in fixed:  # which of its models have MTP modules is the decode pool's to ask
+        changes["options"] = spec.options.model_copy(update={"external_draft": True})
     own = spec.model_copy(update=changes)
     own._where = f"{spec.where}: disaggregated.{name}"
     return compile_space(own)
+
+
+def _drafting(decode: PoolAxes) -> dict[str, object]:
+    """What decode workers draft with, prefill workers hold too: prompts pass through it, and its cache travels."""
+    if set(decode.draft_model) == {NONE}:
+        return {}
+    idle = () if min(decode.draft_tokens) else (NONE,)
+    return {"draft_model": tuple(dict.fromkeys((*idle, *decode.draft_model))), "draft_tokens": (1,)}
+
+
+def draft_names(space: CompiledSpace) -> Array:
+    """The draft model of each point (designs * Q,); "none" where the point drafts nothing."""
+    d, q = space.designs, len(space.operating)
+    named = np.array(space.spec.axes.draft_model, dtype=object)[np.repeat(d.draft_model, q)]
+    return np.where(np.tile(space.operating.draft_tokens, len(d)) > 0, named, NONE)
 
 
 def _experts(spec: SpaceSpec, pools: Disaggregated, decode: CompiledSpace) -> tuple[tuple[int, int], ...]:
@@ -155,6 +173,8 @@ def describe_pairs(pools: CompiledPools, flat: Array) -> pd.DataFrame:
     for name in ("speculation", "acceptance"):
         if name in rows["decode"]:
             columns[name] = rows["decode"][name]
+    if "draft_model" in rows["decode"]:
+        columns["draft_model"] = draft_names(pools.decode)[decode]
     columns["kv_transfer"] = np.array(pools.transfers, dtype=object)[transfer]
     names = {short: column for column, short in DEGREES.items()}
     for i, pool in enumerate(POOLS):
@@ -168,4 +188,4 @@ def describe_pairs(pools: CompiledPools, flat: Array) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.RangeIndex(len(prefill)))
 
 
-__all__ = ["CompiledPools", "compile_pools", "describe_pairs", "unravel"]
+__all__ = ["CompiledPools", "compile_pools", "describe_pairs", "draft_names", "unravel"]

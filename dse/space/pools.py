@@ -27,7 +27,7 @@ DEGREES: Mapping[str, str] = {f"{name}_size": name for name in ("tp", "pp", "att
 FFN_GPUS, MICRO_BATCHES = "decode_ffn_gpus", "decode_micro_batches"
 # Requests that a decode worker's engine runs at most (max_num_seqs, max_batch_size, over its attention-DP ranks).
 MAX_BATCH = "decode_max_batch"
-OWN = ("gpu", "cluster", "weights", "kv", "overlap", "chunk", "eplb_replicas")
+OWN = ("gpu", "cluster", "weights", "kv", "overlap", "chunk", "eplb_replicas", "draft_tp")
 COLUMNS = frozenset(f"{pool}_{what}" for pool in POOLS for what in (WORKERS, *DEGREES, *OWN)) | {
     "kv_transfer",
     FFN_GPUS,

@@ -40,6 +40,7 @@ DESIGN_AXES = (
     "microbatches",
     "utilisation",
     "draft_model",
+    "draft_tp",
 )
 LOAD_AXES = ("concurrency", "chunk", "draft_tokens", "acceptance", "prefix_hit")
 

@@ -6,7 +6,7 @@ unit that its metric's name carries. Names of models and GPUs are looked up when
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -48,11 +48,16 @@ def _fractions(value: Any) -> Any:
     return v.numbers(value, partial(v.number, unit="fraction", low=0.0, high=1.0))
 
 
-def _microbatches(value: Any) -> Any:
-    items = value if isinstance(value, list) else [value]
-    if isinstance(value, Mapping):
-        return v.numbers(value, v.integer)
-    return v.numbers([0 if item == v.AUTO else item for item in items], partial(v.integer, low=0))
+def _or_auto(low: int) -> Callable[[Any], Any]:
+    """Whole numbers from `low` on, `auto` among them as 0."""
+
+    def integer(item: Any) -> int:
+        return 0 if item == v.AUTO else v.integer(item, low=low)
+
+    def read(value: Any) -> Any:
+        return v.numbers(value if isinstance(value, Mapping | list) else [value], integer)
+
+    return read
 
 
 def _text(value: Any) -> Any:
@@ -109,9 +114,10 @@ class Axes(Strict):
     eplb_replicas: Annotated[tuple[int, ...], _numbers(low=0)] = (0,)
     draft_tokens: Annotated[tuple[int, ...], _numbers("tokens", low=0)] = (0,)
     draft_model: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ("none",)  # of its own; none: MTP modules
+    draft_tp: Annotated[tuple[int, ...], BeforeValidator(_or_auto(1))] = (0,)  # 0 (auto): its target's where it divides
     acceptance: Fractions = None  # left out: options.acceptance
     prefix_hit: Fractions = None  # left out: each workload's
-    microbatches: Annotated[tuple[int, ...], BeforeValidator(_microbatches)] = (0,)
+    microbatches: Annotated[tuple[int, ...], BeforeValidator(_or_auto(0))] = (0,)
     utilisation: Annotated[
         tuple[float, ...],
         BeforeValidator(lambda x: v.numbers(x, lambda one: v.number(one, "fraction", 0.0, 1.0, open_low=True))),
@@ -252,14 +258,16 @@ class Disaggregated(Strict):
     def _loads(self) -> Disaggregated:
         for pool, axes, names in (
             ("prefill", self.prefill, ("concurrency", "batch", "draft_tokens", "draft_model", "acceptance")),
-            ("decode", self.decode, ("chunk", "batch", "draft_model", "prefix_hit")),
+            ("decode", self.decode, ("chunk", "batch", "prefix_hit")),
         ):
             for name in names:
                 if name in axes.model_fields_set:
                     owners = dict.fromkeys(("chunk", "prefix_hit"), "the prefill pool's")
-                    owners |= dict.fromkeys(("batch", "draft_model"), "of undivided serving")
+                    owners["batch"] = "of undivided serving"
                     other = owners.get(name, "the decode pool's")
                     raise ValueError(f".{pool}.{name}: is {other}; leave it out here")
+        if max(self.decode.ffn_gpus) and set(self.decode.draft_model) != {"none"}:
+            raise ValueError(f".decode.draft_model: {self.decode.draft_model[0]} beside ffn_gpus (allowed: none)")
         return self
 
 

@@ -11,7 +11,7 @@ from dse.batches import at_rows
 from dse.cost.types import CP_METHODS, DISPATCHES, OVERLAPS, Load, Number, Plan
 from dse.errors import InputError
 from dse.space.compile import CompiledSpace, Designs
-from dse.space.drafts import NONE, shared_over
+from dse.space.drafts import NONE
 
 Array = np.ndarray
 
@@ -56,13 +56,8 @@ def draft_rows(compiled: CompiledSpace) -> tuple[Array, Array, Array] | None:
     if compiled.drafts is None:
         return None
     d, names = compiled.designs, compiled.spec.axes.draft_model
-    tp = np.ones(len(d))
-    for i, entry in enumerate(compiled.models):
-        for k, name in enumerate(names):
-            mine = (d.model == i) & (d.draft_model == k)
-            if name != NONE and mine.any():
-                tp[mine] = shared_over(name, entry, d.tp[mine])
-    return d.model * len(names) + d.draft_model, tp, np.array([name != NONE for name in names])[d.draft_model] * 1.0
+    present = np.array([name != NONE for name in names])[d.draft_model]
+    return d.model * len(names) + d.draft_model, d.draft_tp * 1.0, present * 1.0
 
 
 def loads(compiled: CompiledSpace, points: Array | slice | None = None) -> Load:
@@ -137,6 +132,7 @@ def describe(compiled: CompiledSpace, flat: Array | Sequence[int]) -> pd.DataFra
         columns["acceptance"] = o.acceptance[q]
     if compiled.drafts is not None:
         columns["draft_model"] = _pick(compiled.spec.axes.draft_model, d.draft_model[design])
+        columns["draft_tp"] = d.draft_tp[design]
     if np.any(d.eplb_replicas):
         columns["eplb_replicas"] = d.eplb_replicas[design]
     return pd.DataFrame(columns, index=pd.RangeIndex(len(design)))
