@@ -126,7 +126,8 @@ def test_turns_hold_what_came_before() -> None:
     loop = {"turns": 4, "growth": {"mean": 600, "cv": 1.0}, "hit": 0.9}
     request = {"isl": {"mean": 2000, "cv": 0.6}, "osl": {"mean": 150, "cv": 0.5}, "prefix_hit": 0.3}
     stage = {"name": "prefill", "kind": "prefill", "model": MODEL}
-    k = kinds(parse_pipeline(space(stage, request=request, loop=loop)))["prefill"]
+    spec = parse_pipeline(space(stage, request=request, loop=loop))
+    k = kinds(spec)["prefill"]
     rng = np.random.default_rng(3)
 
     def draws(mean: float, cv: float) -> Any:
@@ -148,7 +149,7 @@ def test_turns_hold_what_came_before() -> None:
         assert mean == pytest.approx(every.mean(), rel=5e-3)
         assert np.sqrt(k.weight @ (found - mean) ** 2) == pytest.approx(every.std(), rel=0.05)
     assert k.first @ k.tokens == pytest.approx(new[0].mean(), rel=5e-3)
-    lengths, first = call_lengths(parse_pipeline(space(stage, request=request, loop=loop)), k)
+    lengths, first = call_lengths(spec, spec.pipeline[0], k)
     assert lengths.weight.sum() == pytest.approx(1.0)
     assert first is not None
     assert first.sum() == pytest.approx(1.0)

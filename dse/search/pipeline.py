@@ -22,13 +22,14 @@ from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Scenario
 from dse.cost.pipeline import Batched, Continuous, Load, Part, batched_part, pool_load, running, slowed
 from dse.cost.pipeline_open import Aggregated
-from dse.cost.pipeline_tails import Cumulants, of_wait
+from dse.cost.pipeline_tails import Cumulants, of_some, of_wait
 from dse.cost.pools import link
 from dse.cost.types import replace
 from dse.search.pipeline_open import aggregated_at
 from dse.search.pipeline_stages import Priced
 from dse.search.pipeline_tails import cumulants
 from dse.space.pipeline import DELAYS, PipelineSpec, StageSpec
+from dse.space.pipeline_calls import answer
 from dse.space.pipeline_compile import CompiledPipeline
 from dse.units import MS
 
@@ -36,6 +37,7 @@ Array = np.ndarray
 # Of a (partial) pipeline: TTFT (s), all waits and times (s), TPOT (s), cumulants of TTFT (s^2, s^3), GPUs, USD an hour
 SUMS = ("ttft", "total", "tpot", "variance", "third", "gpus", "usd")
 ADDED = 5  # of them depend on the rate
+HANDED = 5e-3  # s: one request to the next stage's server, where no cache's blocks are to be agreed upon
 TPOT, GPUS = SUMS.index("tpot"), SUMS.index("gpus")
 
 
@@ -161,30 +163,41 @@ def _at_rates(
         if isinstance(x.times, Scenario):
             calls = p.kinds[s.name].calls
             each = rates * calls / copies * slower
-            found = aggregated_at(p, x.times, s.name, design[:, i], each)
-            times[i] = _part(found, slower, calls)
+            found = aggregated_at(p, x.times, s, design[:, i], each)
+            written = answer(p.spec, s) if s.writes else (1.0, 0.0)
+            times[i] = _part(found, slower, calls, p.kinds[s.name].share, written)
             beside = np.asarray(load.utilisation)
             known = {
                 "utilisation": beside + (1.0 - beside) * each / found.capacity,
                 "stable": found.stable & np.asarray(load.stable),
-            }
+            } | ({"tpot": np.zeros(shape)} if s.writes else {})
     shares = tuple(p.kinds[s.name].share for s in stages)
     at = _compiled(_pool_kernel, 3)(rates, load, tuple(times), shares, copies)
     return {k: np.broadcast_to(np.asarray(v), shape) for k, v in {**at, **known}.items()}
 
 
-def _part(x: Aggregated, slower: Array, calls: float) -> Part:
-    """Of an aggregated language model, all of it `slower` by what shares its pool."""
-    mean, p90, p99 = (np.asarray(t) * slower for t in (x.first, x.first_p90, x.first_p99))
+def _part(x: Aggregated, slower: Array, calls: float, share: float, written: tuple[float, float]) -> Part:
+    """Of an aggregated language model that a `share` of the requests calls, `slower` by what shares its pool.
+
+    `written`: tokens (mean, coefficient of variation) that the next stage waits for, the first among them; those of a
+    lognormal answer have the third moment mean^3 cv^4 (3 + cv^2). Answers vary, their TPOT does not.
+    """
+    mean, p90, p99, tpot = (np.asarray(t) * slower for t in (x.first, x.first_p90, x.first_p99, x.tpot))
     variance, third = cumulants(mean, p90, p99)
-    wait = np.asarray(x.wait) * slower
+    wait, (tokens, cv) = np.asarray(x.wait) * slower, written
+    rest, whole = (tokens - 1.0) * tpot, tokens * tpot
     return Part(
         wait=wait,
-        first=mean - wait,
-        total=calls * np.asarray(x.ttft) * slower,
-        ttft=Cumulants(mean=mean, variance=variance, third=third),
+        first=mean - wait + rest,
+        total=calls * (np.asarray(x.ttft) * slower + rest),
+        ttft=of_some(
+            Cumulants(
+                mean=mean + rest, variance=variance + (cv * whole) ** 2, third=third + whole**3 * cv**4 * (3.0 + cv**2)
+            ),
+            share,
+        ),
         calls=calls,
-        tpot=np.asarray(x.tpot) * slower,
+        tpot=tpot,
     )
 
 
@@ -220,21 +233,27 @@ def edges(p: CompiledPipeline) -> list[Edge]:
     return found
 
 
-def lines(p: CompiledPipeline, c: Coefficients) -> dict[tuple[int, int], tuple[float, float]]:
-    """(fixed, a byte) between two machines, by the slowest level that a deployment of the whole budget spans."""
+Ways = dict[tuple[int, int], tuple[float, float, float]]
+
+
+def lines(p: CompiledPipeline, c: Coefficients) -> Ways:
+    """(fixed of a cache, of anything else, a byte) between two machines, by the slowest level that a deployment of the
+    whole budget spans."""
     found = {}
     for a, b in itertools.product(range(len(p.machines)), repeat=2):
         ends = at_rows(p.topologies, a), at_rows(p.topologies, b)
         apart = float(p.machines[a].cluster.name != p.machines[b].cluster.name)
         free = float(p.spec.transfers == "free")
         line = link(ends, (at_rows(c, (a, 0)), at_rows(c, (b, 0))), float(p.spec.gpus), apart, free)
-        found[a, b] = float(line.fixed), float(line.per_byte)
+        other = 0.0 if free else float(line.fixed - at_rows(c, (b, 0)).transfer_base) + HANDED
+        found[a, b] = float(line.fixed), other, float(line.per_byte)
     return found
 
 
-def transfer(e: Edge, ways: dict[tuple[int, int], tuple[float, float]], source: Array, target: Array) -> float:
+def transfer(e: Edge, ways: Ways, source: Array, target: Array) -> float:
     """Seconds of a hand-over between two ends: all GPUs of the smaller replica send or take in at once."""
-    fixed, per_byte = ways[int(source[0]), int(target[0])]
+    cache, other, per_byte = ways[int(source[0]), int(target[0])]
+    fixed = cache if e.caches else other
     handed = source[3 + e.slot]
     return float(fixed + per_byte * handed / min(source[1], target[1])) if handed > 0 else 0.0
 
@@ -279,9 +298,7 @@ class Met:
     sums: Array
 
 
-def meet(
-    p: CompiledPipeline, pools: list[Pool], r: int, ways: dict[tuple[int, int], tuple[float, float]], prune: bool = True
-) -> Met:
+def meet(p: CompiledPipeline, pools: list[Pool], r: int, ways: Ways, prune: bool = True) -> Met:
     """All pipelines at rate `r` within the budget, every pool stable, but for those that can be on no front."""
     joins, dims = edges(p), asked(p.spec)
     start = np.zeros((1, len(SUMS)))

@@ -12,6 +12,7 @@ from dse.batches import at_rows, in_blocks
 from dse.cost.evaluate import Scenario
 from dse.cost.pipeline_open import Aggregated, aggregated
 from dse.programs import LARGE
+from dse.space.pipeline import StageSpec
 from dse.space.pipeline_calls import call_lengths
 from dse.space.pipeline_compile import CompiledPipeline
 
@@ -33,13 +34,13 @@ def _rows(x: Scenario, nodes: Any, first: Array | None, design: Array, rate: Arr
     return found
 
 
-def aggregated_at(p: CompiledPipeline, x: Scenario, stage: str, design: Array, rate: Array) -> Aggregated:
+def aggregated_at(p: CompiledPipeline, x: Scenario, stage: StageSpec, design: Array, rate: Array) -> Aggregated:
     """Leaves (R, N): designs (N,) of a stage, each replica at the calls/s of `rate` (R, N).
 
     Each design is priced once at each of its rates; where it is not stable, as if nearly idle.
     """
-    nodes, first = call_lengths(p.spec, p.kinds[stage])
-    every = np.arange(len(p.designs[stage]))
+    nodes, first = call_lengths(p.spec, stage, p.kinds[stage.name])
+    every = np.arange(len(p.designs[stage.name]))
     idle = _rows(x, nodes, first, every, np.full(len(every), IDLE))
     capacity = np.asarray(idle.capacity)[design]
     stable = rate < capacity

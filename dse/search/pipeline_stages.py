@@ -20,7 +20,7 @@ from dse.cost.memory import kv_bytes, memory
 from dse.cost.pipeline import Batched, Continuous, Job, batched, decode_time, job_times, scan_time
 from dse.cost.types import Load, Plan, replace
 from dse.space.pipeline import DELAYS, LARGE_MODELS, StageSpec
-from dse.space.pipeline_calls import Kinds, contexts
+from dse.space.pipeline_calls import Kinds, answer, contexts
 from dse.space.pipeline_compile import CompiledPipeline, Design
 from dse.units import GB, MS
 
@@ -185,7 +185,7 @@ def _aggregated(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:
     """`load.concurrency`: seats of a replica."""
     k, designs = p.kinds[s.name], p.designs[s.name]
     batch = _each_of(designs, "batch")
-    load = _load(s, k, p.spec.request.osl, batch)
+    load = _load(s, k, answer(p.spec, s)[0], batch)
     return _priced(p, c, s, Scenario(**_machine_parts(p, c, s.name, np.arange(len(designs))), load=load), k)
 
 
@@ -223,7 +223,7 @@ def _priced(
             chunk=1e12 * one,
         )
     else:
-        load = _load(s, k, p.spec.request.osl, batch)
+        load = _load(s, k, answer(p.spec, s)[0], batch)
     m = _each(memory, arch, parts["device"], plan, load, parts["coefficients"])
     held = np.asarray(m.total)
     if not isinstance(times, Batched):

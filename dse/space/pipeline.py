@@ -123,7 +123,8 @@ class StageSpec(Strict):
     smaller `tp` of its own has copies on them. `merge`: encoder tokens a prompt
     token; `adds`: prompt tokens that a stage adds to a request (the passages kept). `every_turn`: once a turn of a
     loop, not once a request. `transfer_bytes`: a token of its output to the next stage (auto: activations of encoders,
-    the KV cache of prefill).
+    the KV cache of prefill). `osl` makes an `llm` a writer (a query rewriter, a planner): what comes after it waits for
+    its whole answer of so many tokens; `tokens` are its prompts (left out: the request's).
     """
 
     name: Name
@@ -149,6 +150,8 @@ class StageSpec(Strict):
     adds: Annotated[float, _amount("tokens")] = 0.0
     every_turn: Switch = False
     transfer_bytes: Annotated[float | None, _amount("")] = None
+    osl: Annotated[float | None, _amount("tokens", 1.0)] = None
+    osl_cv: Annotated[float, _amount("", 0.0, 3.0)] = 0.0
     time_ms: Annotated[float, _amount("ms")] = 0.0
     vectors: Annotated[float | None, _amount("", high=1e15, open_low=True)] = None
     vector_bytes: Annotated[float | None, _amount("", open_low=True)] = None
@@ -162,11 +165,16 @@ class StageSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _alias(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or "moe_ep" not in data:
+        if not isinstance(data, Mapping):
             return data
-        if "ep" in data:
+        if "moe_ep" in data and "ep" in data:
             raise ValueError("'moe_ep' and 'ep' are the same axis; keep one")
-        return {"ep" if key == "moe_ep" else key: value for key, value in data.items()}
+        return v.lengths({"ep" if key == "moe_ep" else key: value for key, value in data.items()}, ("osl",))
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is a language model whose answer is not the user's."""
+        return self.kind == "llm" and self.osl is not None
 
     @model_validator(mode="after")
     def _belongs(self) -> StageSpec:
@@ -174,16 +182,18 @@ class StageSpec(Strict):
         large = ("attention_dp", "ep", "cp")
         retrieval = ("vectors", "vector_bytes", "scan", "host")
         sequences = ("tokens", "encoder", "merge")
-        strange: tuple[str, ...] = ()
+        strange: tuple[str, ...] = () if self.kind == "llm" else ("osl", "osl_cv")
         if self.kind in DELAYS:
             known = {"name", "kind", "time_ms", "every_turn"}
             strange = tuple(f for f in type(self).model_fields if f not in known)
         elif self.kind == "retrieval":
-            strange = (*sequences, *large, "spread", "model", "pp", "weights", "kv", "chunk", "pool")
+            strange += (*sequences, *large, "spread", "model", "pp", "weights", "kv", "chunk", "pool")
         elif self.kind in ("encoder", "rerank"):
-            strange = (*retrieval, *large, "time_ms", "chunk")
+            strange += (*retrieval, *large, "time_ms", "chunk")
+        elif self.writes:
+            strange += (*retrieval, "encoder", "merge", "spread", "time_ms")
         else:
-            strange = (*retrieval, *sequences, "spread", "time_ms", "adds", "every_turn")
+            strange += (*retrieval, *sequences, "spread", "time_ms", "adds", "every_turn")
         if self.pool is not None:
             strange += OF_POOL if self.kind in LARGE_MODELS else OF_POOL[1:]
         if self.pool is not None and self.kind in CONTINUOUS:
@@ -281,11 +291,16 @@ class PipelineSpec(Strict):
         by_name = {s.name: s for s in self.pipeline}
         if len(by_name) < len(self.pipeline):
             raise ValueError(".pipeline: two stages have one name; give each its own")
-        kinds = [s.kind for s in self.pipeline if s.kind in LARGE_MODELS]
+        large = [s for s in self.pipeline if s.kind in LARGE_MODELS]
+        kinds = [s.kind for s in large if not s.writes]
         if kinds not in (["llm"], ["prefill", "decode"], ["prefill"], []):
             raise ValueError(
-                f".pipeline: language model stages are {kinds} (allowed: one llm, or a prefill and then a decode stage)"
+                f".pipeline: language model stages are {kinds} (allowed: one llm, or a prefill and then a decode stage;"
+                " before them any llm with an osl of its own)"
             )
+        late = next((s.name for i, s in enumerate(large) if s.writes and not all(x.writes for x in large[:i])), None)
+        if late is not None:
+            raise ValueError(f".pipeline: stage {late!r}: .osl: it writes behind the user's answer; move it before")
         if not any(s.model or s.encoder for s in self.pipeline):
             raise ValueError(".pipeline: no stage has a model; add an encoder, a rerank or a language model stage")
         for s in self.pipeline:

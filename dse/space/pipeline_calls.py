@@ -8,7 +8,7 @@ import numpy as np
 
 from dse.cost import lengths as dist
 from dse.cost.lengths import Lengths
-from dse.space.pipeline import LARGE_MODELS, PipelineSpec
+from dse.space.pipeline import LARGE_MODELS, PipelineSpec, StageSpec
 
 Array = np.ndarray
 STRATA = 16  # of the prompt, once the stages' tokens are added
@@ -100,9 +100,14 @@ def kinds(spec: PipelineSpec) -> dict[str, Kinds]:
     prompt, weight = _strata(spec.request.isl, spec.request.isl_cv)
     for stage in spec.pipeline:
         often = float(turns if stage.every_turn else 1)
-        if stage.kind in LARGE_MODELS:
+        if stage.kind in LARGE_MODELS and not stage.writes:
             continue
-        if stage.tokens is None:
+        if stage.writes:
+            called = 1.0 if stage.tokens is None else stage.tokens.share
+            own, each = (prompt, weight) if stage.tokens is None else _strata(stage.tokens.mean, stage.tokens.cv)
+            none = np.zeros_like(own)
+            result[stage.name] = Kinds(none + 1.0, own, none, each, each, often * called, called, stage.adds)
+        elif stage.tokens is None:
             one = np.ones(1)
             result[stage.name] = Kinds(one, one, 0 * one, one, one, often, 1.0, stage.adds)
         else:
@@ -126,7 +131,7 @@ def kinds(spec: PipelineSpec) -> dict[str, Kinds]:
                 weight, (prompt,) = merged(both[both > 0], (sums,), (sums, STRATA))
         prompt = prompt + stage.adds
     large = _turns(spec, prompt, weight)
-    return {**result, **{s.name: large for s in spec.pipeline if s.kind in LARGE_MODELS}}
+    return {**result, **{s.name: large for s in spec.pipeline if s.kind in LARGE_MODELS and not s.writes}}
 
 
 def _turns(spec: PipelineSpec, prompt: Array, weight: Array) -> Kinds:
@@ -161,23 +166,29 @@ def _turns(spec: PipelineSpec, prompt: Array, weight: Array) -> Kinds:
     )
 
 
-def call_lengths(spec: PipelineSpec, k: Kinds) -> tuple[Lengths, Array | None]:
+def answer(spec: PipelineSpec, stage: StageSpec) -> tuple[float, float]:
+    """Tokens that a language model answers a call with: mean and coefficient of variation."""
+    return (stage.osl, stage.osl_cv) if stage.osl is not None else (spec.request.osl, spec.request.osl_cv)
+
+
+def call_lengths(spec: PipelineSpec, stage: StageSpec, k: Kinds) -> tuple[Lengths, Array | None]:
     """The calls of an aggregated language model as `dist.NODES` nodes, and the weights of the first turn's over them
     (None: there is no other turn).
 
     Of one turn and a lognormal prompt they are the nodes of `dist.lognormal`: what `dse goodput` is asked with.
     """
-    nodes = dist.lognormal(1.0, spec.request.osl, osl_cv=spec.request.osl_cv)
-    answer, of = np.unique(np.asarray(nodes.osl), return_inverse=True)
+    mean, cv = answer(spec, stage)
+    nodes = dist.lognormal(1.0, mean, osl_cv=cv)
+    answers, of = np.unique(np.asarray(nodes.osl), return_inverse=True)
     often = np.bincount(of.ravel(), weights=np.asarray(nodes.weight))
     weight, (tokens, cached, first) = merged(
-        k.weight, (k.tokens, k.cached, k.first / k.weight), (k.tokens, dist.NODES // len(answer))
+        k.weight, (k.tokens, k.cached, k.first / k.weight), (k.tokens, dist.NODES // len(answers))
     )
-    (prompt, osl), share = _crossed((tokens, weight), (answer, often))
-    hit, ahead = np.repeat(cached, len(answer)), np.repeat(first, len(answer))
+    (prompt, osl), share = _crossed((tokens, weight), (answers, often))
+    hit, ahead = np.repeat(cached, len(answers)), np.repeat(first, len(answers))
     found = dist.padded(Lengths(isl=prompt + hit, osl=osl, cached=hit, weight=share), dist.NODES)
     some = np.append(share * ahead, np.zeros(dist.NODES - len(share)))
-    return found, some if spec.loop.turns > 1 else None
+    return found, some if spec.loop.turns > 1 and not stage.writes else None
 
 
 def contexts(k: Kinds, most: int) -> tuple[Array, Array]:
@@ -186,4 +197,4 @@ def contexts(k: Kinds, most: int) -> tuple[Array, Array]:
     return prompt, weight
 
 
-__all__ = ["Kinds", "call_lengths", "contexts", "kinds", "merged"]
+__all__ = ["Kinds", "answer", "call_lengths", "contexts", "kinds", "merged"]
