@@ -82,7 +82,7 @@ def test_one_llm_stage_is_what_goodput_says(rates: list[float]) -> None:
     assert len(found) == 3  # the last rate is beyond its capacity
     for row, rate in zip(found.sort_values("requests_s").to_dict("records"), rates, strict=False):
         alone = by_goodput(rate)
-        for name in ("ttft", "tpot", "ttft_p99"):
+        for name in ("ttft", "tpot", "ttft_p99", "tpot_p90", "tpot_p99"):
             assert row[f"{name}_ms"] == pytest.approx(float(getattr(alone, name)) * 1e3, rel=2e-3), name
         if rate < 0.8 * rates[2]:  # above, some requests wait for a seat, far longer than the others: P90 is late
             assert row["ttft_p90_ms"] == pytest.approx(float(alone.ttft_p90) * 1e3, rel=2e-3)

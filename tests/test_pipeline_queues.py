@@ -97,8 +97,83 @@ def test_continuous_stages_meet_their_knots() -> None:
     s = Continuous(rate=np.array([1.0, 3.0, 4.0]), tpot=np.array([0.01, 0.02, 0.04]), seats=64.0, scv=0.0, calls=1.0)
     assert float(running(s, 0.2, 1.0).part.tpot) == pytest.approx(0.01)
     assert float(running(s, 6.0, 2.0).part.tpot) == pytest.approx(0.02)
-    assert float(running(s, 3.5, 1.0).part.tpot) == pytest.approx(0.03)
+    between = float(running(s, 3.5, 1.0).part.tpot)  # linear in what runs, 0.06 to 0.16 of a call
+    assert between == pytest.approx(0.02 + 0.2 * (3.5 * between - 0.06))
     assert not bool(running(s, 4.1, 1.0).stable)
+
+
+def steps_simulated(
+    rate: float, osl: float, cv: float, a: float, b: float, c: float, count: int = 24_000
+) -> list[float]:
+    """TPOT of each call where a step takes a + b n + c times the contexts of the n calls in it, which join at its end.
+
+    Contexts are lognormal of mean 1000, coefficient of variation 1 where c > 0.
+    """
+    rng = np.random.default_rng(1)
+    arrivals = np.cumsum(rng.exponential(1.0 / rate, count))
+
+    def lognormal(mean: float, cv: float) -> Any:
+        sigma = np.sqrt(np.log1p(cv**2))
+        return mean * np.exp(sigma * rng.standard_normal(count) - sigma**2 / 2)
+
+    steps, context = np.maximum(np.rint(lognormal(osl, cv)), 1).astype(int), lognormal(1000.0, 1.0)
+    now, i, k, total = 0.0, 0, 0, 0.0
+    ends: list[tuple[int, int]] = []
+    start, found = np.zeros(count), np.zeros(count)
+    while i < count or ends:
+        now = now if ends else max(now, arrivals[i])
+        while i < count and arrivals[i] <= now:
+            heapq.heappush(ends, (k + int(steps[i]), i))
+            start[i], total, i = now, total + context[i], i + 1
+        now, k = now + a + b * len(ends) + c * total, k + 1
+        while ends and ends[0][0] <= k:
+            _, j = heapq.heappop(ends)
+            found[j], total = (now - start[j]) / steps[j], total - context[j]
+    return found[count // 10 : -count // 20].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rate", "osl", "cv", "a", "b", "c"),
+    [
+        (2.0, 300, 0.0, 0.01, 1e-4, 0.0),
+        (20.0, 300, 0.0, 0.01, 1e-4, 0.0),  # a step takes two and a half times what weights take
+        (15.0, 300, 0.8, 0.01, 1e-4, 0.0),
+        (15.0, 300, 0.5, 0.01, 5e-5, 5e-8),
+        (4.0, 1000, 0.5, 0.006, 4e-5, 2e-8),
+    ],
+)
+def test_tpot_percentiles_of_decode_are_those_of_a_step_simulation(
+    rate: float, osl: float, cv: float, a: float, b: float, c: float
+) -> None:
+    """Within 3%, P99 4%; and the spread itself within 10%."""
+    alive = np.geomspace(1.0, 2000.0, 6)
+    tpot = a + (b + 1000 * c) * alive
+    stage = Continuous(
+        rate=alive / (osl * tpot),
+        tpot=tpot,
+        seats=2000.0,
+        scv=cv**2,
+        calls=1.0,
+        steps=osl,
+        uneven=(c * 1000.0 * alive) ** 2,
+    )
+    part = running(stage, np.asarray(rate), 1.0).part
+    expected = np.array(steps_simulated(rate, osl, cv, a, b, c))
+    assert float(part.tpot) == pytest.approx(expected.mean(), rel=0.03)
+    assert float(part.tpot_variance) ** 0.5 == pytest.approx(expected.std(), rel=0.1)
+    for share, rel in zip(SHARES, (0.03, 0.03, 0.04), strict=True):
+        late = percentile(share, *(np.asarray(x) for x in (part.tpot, part.tpot_variance, part.tpot_third)))
+        assert float(late) == pytest.approx(np.quantile(expected, share), rel=rel)
+
+
+def test_tpot_does_not_spread_where_steps_are_alike() -> None:
+    """And an idle replica's calls hardly meet."""
+    rate = np.array([1.0, 10.0, 100.0])
+    flat = Continuous(rate=rate, tpot=np.full(3, 0.01), seats=64.0, scv=0.5, calls=1.0, steps=100.0, uneven=np.zeros(3))
+    assert float(running(flat, np.asarray(50.0), 1.0).part.tpot_variance) == 0.0
+    steep = Continuous(rate=rate, tpot=rate**0.5 / 100, seats=64.0, scv=0.5, calls=1.0, steps=100.0, uneven=np.zeros(3))
+    idle, busy = (running(steep, np.asarray(x), 1.0).part for x in (1e-4, 5.0))
+    assert float(idle.tpot_variance) < 1e-3 * float(busy.tpot_variance)
 
 
 def test_a_scan_reads_each_list_once() -> None:

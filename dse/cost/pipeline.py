@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Scenario
+from dse.cost.lengths import DEVIATES, SHARES
 from dse.cost.pipeline_tails import Cumulants, of_moments, of_rest, of_some, of_wait
 from dse.cost.pool_steps import decode_times
 from dse.cost.queueing import BUSIEST
@@ -28,6 +29,8 @@ from dse.cost.shard import shard_scenario
 from dse.cost.step import Batch, Segment, step
 from dse.cost.types import Architecture, Device, Number, Plan, Topology, pytree, replace
 from dse.numerics import safe_divide
+
+MOST_CROWD = 100.0  # of the variance of calls that run over their mean: beyond, the replica is full
 
 
 @pytree
@@ -139,6 +142,8 @@ class Continuous:
     seats: Number  # calls that may run on a replica
     scv: Number  # of the time that a call stays
     calls: Number
+    steps: Number = 1.0  # TPOTs that a call stays, mean
+    uneven: Number = 0.0  # (..., k) variance of tpot between contexts, if all calls had the same
 
     @property
     def capacity(self) -> Number:
@@ -215,7 +220,9 @@ class Part:
     total: Number  # waits and times of all calls
     ttft: Cumulants  # the first turn's, over requests that meet the stage and those that do not
     calls: Number  # a request, in the mean
-    tpot: Number = 0.0
+    tpot: Number = 0.0  # mean over requests, ...
+    tpot_variance: Number = 0.0  # ... variance and third central moment
+    tpot_third: Number = 0.0
 
 
 def batched_part(s: Batched, load: Load, filled: Number, share: Number, iteration: Number) -> Part:
@@ -243,22 +250,53 @@ class Running:
     stable: Number
 
 
+@pytree
+class _Crowd:
+    """Calls that run on a replica at a rate: how many, their TPOT, and how it grows with one call more."""
+
+    running: Number
+    tpot: Number
+    slope: Number
+    uneven: Number
+
+
+def _crowd(s: Continuous, each: Number) -> _Crowd:
+    """Between the priced numbers of running calls TPOT is linear in them, t + b (n - n0), and Little's law ties both:
+    n = rate steps tpot(n), tpot = (t - b n0)/(1 - rate steps b). Below the first number and beyond the last, its own.
+    """
+    steps = jnp.asarray(s.steps)
+    alive = s.rate * steps[..., None] * s.tpot
+    slopes = safe_divide(jnp.diff(s.tpot, axis=-1), jnp.diff(alive, axis=-1))
+    last = slopes.shape[-1] - 1
+    at = jnp.clip(jnp.sum(each[..., None] >= s.rate, axis=-1) - 1, 0, last)
+    at = jnp.broadcast_to(at, each.shape)[..., None]
+
+    def here(values: Number) -> Number:
+        values = jnp.broadcast_to(values, (*each.shape, values.shape[-1]))
+        return jnp.take_along_axis(values, at, axis=-1)[..., 0]
+
+    slope, tpot = here(slopes), here(s.tpot)
+    tpot = safe_divide(tpot - slope * here(alive), 1.0 - each * steps * slope, otherwise=s.tpot[..., -1])
+    tpot = jnp.where(each < s.rate[..., -1], jnp.where(tpot > 0, tpot, s.tpot[..., -1]), s.tpot[..., -1])
+    tpot = jnp.clip(tpot, s.tpot[..., 0], jnp.max(s.tpot, axis=-1))
+    uneven = here(jnp.broadcast_to(s.uneven, s.tpot.shape))
+    return _Crowd(running=jnp.maximum(each * steps * tpot, 1e-9), tpot=tpot, slope=slope, uneven=uneven)
+
+
 def running(s: Continuous, rate: Number, replicas: Number) -> Running:
     """`rate` requests/s over `replicas`.
 
-    Between the priced numbers of running calls TPOT is linear in the rate; below the first, its own. For a seat a
-    call waits as before K = seats * replicas servers: rho^(sqrt(2(K+1))-1)/(1-rho) (1 + cv^2)/2 over the largest rate.
+    For a seat a call waits as before K = seats * replicas servers: rho^(sqrt(2(K+1))-1)/(1-rho) (1 + cv^2)/2 over the
+    largest rate.
     """
     each = jnp.asarray(rate * s.calls / replicas)
-    ends = s.rate
-    steps = jnp.diff(ends, axis=-1)
-    inside = jnp.clip(each[..., None] - ends[..., :-1], 0.0, jnp.maximum(steps, 0.0))
-    tpot = s.tpot[..., 0] + jnp.sum(safe_divide(inside * jnp.diff(s.tpot, axis=-1), steps), -1)
+    crowd = _crowd(s, each)
+    variance, third = _tpot_spread(s, crowd)
     seats = s.seats * replicas
-    busy = each / ends[..., -1]
+    busy = each / s.rate[..., -1]
     rho = jnp.clip(busy, 1e-12, BUSIEST)
     delayed = rho ** (jnp.sqrt(2.0 * (seats + 1.0)) - 1.0)
-    wait = delayed / (1.0 - rho) * 0.5 * (1.0 + s.scv) / (ends[..., -1] * replicas)
+    wait = delayed / (1.0 - rho) * 0.5 * (1.0 + s.scv) / (s.rate[..., -1] * replicas)
     return Running(
         part=Part(
             wait=wait,
@@ -266,11 +304,35 @@ def running(s: Continuous, rate: Number, replicas: Number) -> Running:
             total=s.calls * wait,
             ttft=of_wait(wait, delayed, 1.0),
             calls=s.calls,
-            tpot=tpot,
+            tpot=crowd.tpot,
+            tpot_variance=variance,
+            tpot_third=third,
         ),
         utilisation=busy,
         stable=busy < 1.0,
     )
+
+
+def _tpot_spread(s: Continuous, at: _Crowd) -> tuple[Number, Number]:
+    """Variance and third central moment over requests of the mean TPOT of their stay.
+
+    Calls share a replica's steps as a processor-sharing queue whose speed depends on their number n alone: n is the
+    same for every distribution of stays (insensitivity; Kelly 1979), p(n) = p(n-1) rate steps tpot(n)/n, where tpot =
+    a + b n negative binomial: variance m g and third moment m g (2g - 1), g = tpot/a = tpot/(tpot - m b). Contexts
+    add `uneven`/m. What n was is forgotten over a mean stay x g, so that a stay of x mean ones averages
+    f = 2 (z - 1 + exp(-z))/z^2 of the variance, z = x/g, and f^2 of the third moment. Arrivals taken as Poisson,
+    though a prefill pool hands on batches. Within 3% of a step simulation (tests/test_pipeline_queues.py).
+    """
+    m, b = at.running, at.slope
+    g = jnp.clip(safe_divide(at.tpot, at.tpot - m * b, otherwise=MOST_CROWD), 1.0, MOST_CROWD)
+    sigma = jnp.sqrt(jnp.log1p(jnp.asarray(s.scv)))
+    stays = [jnp.exp(sigma * d) for d in DEVIATES]
+    mean = sum(w * x for w, x in zip(SHARES, stays, strict=True))
+    f: Number = 0.0
+    for w, x in zip(SHARES, stays, strict=True):
+        z = x / mean / g
+        f = f + w * 2.0 * (z + jnp.expm1(-z)) / z**2
+    return f * (b**2 * m * g + at.uneven / jnp.maximum(m, 1.0)), f**2 * b**3 * m * g * (2.0 * g - 1.0)
 
 
 def slowed(load: Load) -> Number:

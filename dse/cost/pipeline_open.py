@@ -35,6 +35,8 @@ class Aggregated:
     first_p90: Number
     first_p99: Number
     tpot: Number
+    tpot_p90: Number
+    tpot_p99: Number
 
 
 def aggregated(x: Scenario, lengths: Lengths, first: Number | None, rate: Number) -> Aggregated:
@@ -66,6 +68,8 @@ def aggregated(x: Scenario, lengths: Lengths, first: Number | None, rate: Number
         first_p90=shares[1],
         first_p99=shares[2],
         tpot=found.tpot,
+        tpot_p90=found.tpot_p90,
+        tpot_p99=found.tpot_p99,
     )
 
 

@@ -36,6 +36,7 @@ METRIC_LABELS: Mapping[str, Label] = MappingProxyType(
         "ttft_p90_ms": Label("TTFT P90 ms", "TTFT P90", "ms"),
         "ttft_p99_ms": Label("TTFT P99 ms", "TTFT P99", "ms"),
         "tpot_p90_ms": Label("TPOT P90 ms", "TPOT P90", "ms"),
+        "tpot_p99_ms": Label("TPOT P99 ms", "TPOT P99", "ms"),
         "attainment": Label("attainment", "share of requests within targets", ""),
         "requests_s": Label("req/s", "requests a second", "requests/s"),
         "requests_s_gpu": Label("req/s/GPU", "requests a GPU", "requests/s/GPU"),

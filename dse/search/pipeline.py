@@ -34,11 +34,13 @@ from dse.space.pipeline_compile import CompiledPipeline
 from dse.units import MS
 
 Array = np.ndarray
-# Of a (partial) pipeline: TTFT (s), all waits and times (s), TPOT (s), cumulants of TTFT (s^2, s^3), GPUs, USD an hour
-SUMS = ("ttft", "total", "tpot", "variance", "third", "gpus", "usd")
-ADDED = 5  # of them depend on the rate
+# Of a (partial) pipeline: TTFT (s), all waits and times (s), TPOT (s), cumulants of TTFT and of TPOT (s^2, s^3), GPUs,
+# USD an hour. One stage has a TPOT, so that what it says is the pipeline's.
+SUMS = ("ttft", "total", "tpot", "variance", "third", "tpot_variance", "tpot_third", "gpus", "usd")
+ADDED = 7  # of them depend on the rate
 HANDED = 5e-3  # s: one request to the next stage's server, where no cache's blocks are to be agreed upon
-TPOT, GPUS = SUMS.index("tpot"), SUMS.index("gpus")
+OF_TPOT = ("tpot", "tpot_variance", "tpot_third")
+GPUS = SUMS.index("gpus")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,14 +94,8 @@ def _pool_kernel(
     for i, part in enumerate(parts):
         found[f"wait {i}"], found[f"time {i}"] = part.wait, part.first
     ttft = sum((x.ttft for x in parts[1:]), start=parts[0].ttft)
-    total, tpot = sum(x.total for x in parts), sum(x.tpot for x in parts)
-    return found | {
-        "ttft": ttft.mean,
-        "total": total,
-        "tpot": tpot,
-        "variance": ttft.variance,
-        "third": ttft.third,
-    }
+    sums = {name: sum(getattr(x, name) for x in parts) for name in ("total", *OF_TPOT)}
+    return found | sums | {"ttft": ttft.mean, "variance": ttft.variance, "third": ttft.third}
 
 
 @cache
@@ -170,20 +166,22 @@ def _at_rates(
             known = {
                 "utilisation": beside + (1.0 - beside) * each / found.capacity,
                 "stable": found.stable & np.asarray(load.stable),
-            } | ({"tpot": np.zeros(shape)} if s.writes else {})
+            } | (dict.fromkeys(OF_TPOT, np.zeros(shape)) if s.writes else {})
     shares = tuple(p.kinds[s.name].share for s in stages)
     at = _compiled(_pool_kernel, 3)(rates, load, tuple(times), shares, copies)
     return {k: np.broadcast_to(np.asarray(v), shape) for k, v in {**at, **known}.items()}
 
 
 def _part(x: Aggregated, slower: Array, calls: float, share: float, written: tuple[float, float]) -> Part:
-    """Of an aggregated language model that a `share` of the requests calls, `slower` by what shares its pool.
+    """Of an aggregated language model that a `share` of the requests calls, all `slower` by what shares its pool.
 
     `written`: tokens (mean, coefficient of variation) that the next stage waits for, the first among them; those of a
     lognormal answer have the third moment mean^3 cv^4 (3 + cv^2). Answers vary, their TPOT does not.
     """
-    mean, p90, p99, tpot = (np.asarray(t) * slower for t in (x.first, x.first_p90, x.first_p99, x.tpot))
+    mean, p90, p99 = (np.asarray(t) * slower for t in (x.first, x.first_p90, x.first_p99))
     variance, third = cumulants(mean, p90, p99)
+    tpot, slow, slowest = (np.asarray(t) * slower for t in (x.tpot, x.tpot_p90, x.tpot_p99))
+    spread = cumulants(tpot, slow, slowest)
     wait, (tokens, cv) = np.asarray(x.wait) * slower, written
     rest, whole = (tokens - 1.0) * tpot, tokens * tpot
     return Part(
@@ -198,6 +196,8 @@ def _part(x: Aggregated, slower: Array, calls: float, share: float, written: tup
         ),
         calls=calls,
         tpot=tpot,
+        tpot_variance=spread[0],
+        tpot_third=spread[1],
     )
 
 
@@ -274,6 +274,7 @@ def asked(spec: PipelineSpec) -> tuple[int, ...]:
     needs |= {"ttft"} if names & {"ttft_ms", "ttft_p90_ms", "ttft_p99_ms"} else set()
     needs |= {"variance", "third"} if names & {"ttft_p90_ms", "ttft_p99_ms"} else set()
     needs |= {"tpot"} if names & {"tpot_ms", "e2e_ms"} else set()
+    needs |= set(OF_TPOT) if names & {"tpot_p90_ms", "tpot_p99_ms"} else set()
     needs |= {"total"} if "e2e_ms" in names else set()
     return tuple(i for i, name in enumerate(SUMS) if name in needs)
 
@@ -292,7 +293,7 @@ def _best(values: Array, dims: tuple[int, ...]) -> Array:
 
 @dataclass(frozen=True)
 class Met:
-    """Whole pipelines at one rate: options by pool (n, pools), and their SUMS (n, 7)."""
+    """Whole pipelines at one rate: options by pool (n, pools), and their SUMS."""
 
     options: Array
     sums: Array
@@ -319,7 +320,6 @@ def meet(p: CompiledPipeline, pools: list[Pool], r: int, ways: Ways, prune: bool
                 continue
             total = (sums[:, None] + adds[members][None]).reshape(-1, len(SUMS))
             total[:, :2] += more
-            total[:, TPOT] = np.maximum(sums[:, None, TPOT], adds[members][None, :, TPOT]).ravel()
             names = np.column_stack([np.repeat(options, len(members), 0), np.tile(stable[members], len(options))])
             keep = total[:, GPUS] <= p.spec.gpus
             key = _open_ends(pools, names[0], i, joins)

@@ -103,7 +103,7 @@ def frame(
     """One row a pipeline: what it delivers, then each stage's plan and part. `rates` (n,) rows of the spec's."""
     spec, osl, turns = p.spec, p.spec.request.osl, p.spec.loop.turns
     rate = np.array(spec.rates)[rates]
-    ttft, total, tpot, variance, third, gpus, usd = sums.T
+    ttft, total, tpot, variance, third, tpot_variance, tpot_third, gpus, usd = sums.T
     tokens = rate * turns * osl
     n = np.arange(len(options))
     columns: dict[str, Any] = {
@@ -118,6 +118,7 @@ def frame(
         "ttft_ms": ttft / MS,
         **{f"ttft_p{q:.0f}_ms": percentile(q / 100, ttft, variance, third) / MS for q in (50, 90, 99)},
         "tpot_ms": tpot / MS,
+        **{f"tpot_p{q:.0f}_ms": percentile(q / 100, tpot, tpot_variance, tpot_third) / MS for q in (50, 90, 99)},
         "e2e_ms": (total + turns * max(osl - 1.0, 0.0) * tpot) / MS,
         "requests_s_gpu": rate / gpus,
         "output_tok_s_gpu": tokens / gpus,

@@ -169,14 +169,18 @@ def _decode(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:
     load = _load(s, k, r.osl, np.repeat(alive.ravel(), len(prompt)))
     load = replace(load, isl=np.tile(prompt, alive.size))
     x = Scenario(**_machine_parts(p, c, s.name, index), load=load)
-    tpot = np.asarray(_each(decode_time, x)).reshape(*alive.shape, len(prompt)) @ weight
-    stay = max(r.osl - 1.0, 1e-3) * tpot
+    each = np.asarray(_each(decode_time, x)).reshape(*alive.shape, len(prompt))
+    tpot = each @ weight
+    steps = max(r.osl - 1.0, 1e-3)
+    stay = steps * tpot
     times = Continuous(
         rate=np.maximum.accumulate(alive / stay, axis=1),
         tpot=tpot,
         seats=batch,
         scv=np.full(len(designs), r.osl_cv**2),
         calls=np.full(len(designs), k.calls),
+        steps=np.full(len(designs), steps),
+        uneven=(each - tpot[..., None]) ** 2 @ weight,
     )
     return _priced(p, c, s, times, k)
 

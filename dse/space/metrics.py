@@ -37,10 +37,11 @@ PIPELINE_METRICS = MappingProxyType(
         **{
             name: METRICS[name]
             for name in (
-                *("ttft_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_ms", "e2e_ms"),
+                *("ttft_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_ms", "tpot_p90_ms", "e2e_ms"),
                 *("output_tok_s_gpu", "gpus", "usd_per_mtok"),
             )
         },
+        "tpot_p99_ms": Metric("ms", "min"),
         "requests_s": Metric("requests/s", "max"),
         "requests_s_gpu": Metric("requests/s", "max"),
         "usd_per_request": Metric("USD", "min"),
