@@ -36,12 +36,12 @@ def priced(p: CompiledPipeline) -> dict[str, Priced]:
 
 
 def test_percentiles_as_objective_are_those_of_all_pipelines() -> None:
-    """The front by P99 of TTFT is that of every pipeline, none left out."""
+    """The front by percentiles is that of every pipeline, none left out."""
     stages = [
         {"name": "prefill", "kind": "prefill", "model": MODEL, "tp": [1, 2], "replicas": [1, 2], "batch": [1, 4]},
         {"name": "decode", "kind": "decode", "model": MODEL, "tp": [1, 2], "replicas": [1, 2], "batch": [8, 64]},
     ]
-    for goal in ("ttft_p90_ms", "ttft_p99_ms"):
+    for goal in ("ttft_p90_ms", "ttft_p99_ms", "tpot_p99_ms"):
         data = space(*stages, rates=[5.0, 40.0], objectives={"requests_s_gpu": "max", goal: "min"})
         columns = ["requests_s_gpu", goal]
         spec = parse_pipeline(data)
@@ -175,3 +175,40 @@ def test_the_spread_of_contexts_enters_decode() -> None:
     one_token = 2 * 28 * 8 * 128 * 2  # bytes: keys and values, layers, KV heads, head dimension, bf16
     more = (spread.held - alike.held)[0] / (2 * np.sqrt(32) * one_token)
     assert more == pytest.approx(300 * 1.5, rel=0.1)  # a deviation of the contexts
+
+
+# --------------------------------------------------------------------------------------------------- micro-batches
+
+
+def test_balanced_micro_batches_of_whole_prompts_give_a_pipeline_more() -> None:
+    """Uneven prompts through four stages; one stage, or prompts that are alike, gain nothing."""
+    stage = {"name": "prefill", "kind": "prefill", "model": "Qwen3-32B", "batch": 4, "weights": "fp8"}
+    ways = {"microbatching": ["fifo", "balanced"]}
+    most = {}
+    for pp, cv in ((4, 0.8), (4, 0.0), (1, 0.8)):
+        data = space(stage | ways | {"pp": pp}, request={"isl": {"mean": 2000, "cv": cv}, "osl": 1})
+        p = compile_pipeline(parse_pipeline(data))
+        times = priced(p)["prefill"].times
+        each = np.asarray(times.capacity, float).tolist()
+        most[pp, cv] = dict(zip([d.microbatching for d in p.designs["prefill"]], each, strict=True))
+    assert set(most[4, 0.8]) == {"fifo", "balanced"}
+    assert most[4, 0.8]["balanced"] > 1.15 * most[4, 0.8]["fifo"]
+    assert most[4, 0.0]["balanced"] == pytest.approx(most[4, 0.0]["fifo"], rel=1e-6)
+    assert set(most[1, 0.8]) == {"fifo"}
+    alike = compile_pipeline(parse_pipeline(space(stage | {"pp": 4}, request={"isl": 2000, "osl": 1})))
+    assert float(priced(alike)["prefill"].times.capacity[0]) == pytest.approx(most[4, 0.0]["fifo"], rel=1e-9)
+
+
+def test_the_way_to_fill_micro_batches_is_searched_and_named() -> None:
+    stage = {"name": "prefill", "kind": "prefill", "model": MODEL, "pp": [1, 2], "batch": 4}
+    request = {"isl": {"mean": 4000, "cv": 1.0}, "osl": 1}
+    data = space(stage | {"microbatching": ["fifo", "balanced"]}, request=request)
+    found = search_pipeline(parse_pipeline(data), Coefficients(), prune=False, best=100).candidates
+    assert {(1, "fifo"), (2, "fifo"), (2, "balanced")} == set(
+        zip(found["prefill_pp"], found["prefill_microbatching"], strict=True)
+    )
+    text = found.loc[found["prefill_microbatching"] == "balanced", "pipeline"].iloc[0]
+    assert text.endswith("batch 4 balanced")
+    llm = {"name": "llm", "kind": "llm", "model": MODEL, "microbatching": "balanced"}
+    with pytest.raises(InputError, match="microbatching"):
+        parse_pipeline(space(llm))

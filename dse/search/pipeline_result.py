@@ -144,7 +144,7 @@ def frame(
             own = {
                 "gpu": [m.gpu.name if m else "host" for m in machines],
                 "tp": [d.degree for d in designs],
-                **{name: [getattr(d, name) for d in designs] for name in _degrees(s)},
+                **{name: [getattr(d, name) for d in designs] for name in (*_degrees(s), *_fills(s))},
                 "replicas": pool.replicas[chosen].astype(int),
                 "gpus": pool.gpus[chosen].astype(int) if k == 0 else np.zeros(len(n), int),
                 "weights": [_format(p, s.name, d)[0] for d in designs],
@@ -184,6 +184,11 @@ def _degrees(s: StageSpec) -> tuple[str, ...]:
     return ("pp", "attention_dp", "cp", "ep") if s.kind in LARGE_MODELS else ("pp", "spread")
 
 
+def _fills(s: StageSpec) -> tuple[str, ...]:
+    """`microbatching`, where a stage of a pipeline of GPUs has a choice of it."""
+    return ("microbatching",) if len(s.microbatching) > 1 and max(s.pp) > 1 else ()
+
+
 def _text(s: StageSpec, d: Design, replicas: int, shares: bool) -> str:
     """`prefill 2 x tp 4 fp8 batch 2`; a stage that shares a pool has its batch alone."""
     own = {name: getattr(d, name) for name in _degrees(s) if getattr(d, name) > 1}
@@ -191,7 +196,9 @@ def _text(s: StageSpec, d: Design, replicas: int, shares: bool) -> str:
         own = {name: n for name, n in (("tp", d.own), ("ep", d.ep)) if n > (name == "ep")}
     degrees = "".join(f" {name} {n}" for name, n in own.items())
     place = f" in it{degrees}" if shares else f" {replicas} x tp {d.tp}{degrees}"
-    return f"{s.name}{place}" + (f" {d.weights}" if d.weights not in ("", "native") else "") + f" batch {d.batch}"
+    filled = "".join(f" {getattr(d, name)}" for name in _fills(s) if d.pp > 1)
+    weights = f" {d.weights}" if d.weights not in ("", "native") else ""
+    return f"{s.name}{place}{weights} batch {d.batch}{filled}"
 
 
 # --------------------------------------------------------------------------------------------------- the result

@@ -17,6 +17,7 @@ from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Scenario
 from dse.cost.lengths import NODES
 from dse.cost.memory import kv_bytes, memory
+from dse.cost.microbatch import slowdown
 from dse.cost.pipeline import Batched, Continuous, Job, batched, decode_time, job_times, scan_time
 from dse.cost.types import Load, Plan, replace
 from dse.space.pipeline import DELAYS, LARGE_MODELS, StageSpec
@@ -122,20 +123,32 @@ def _of_jobs(p: CompiledPipeline, c: Coefficients, s: StageSpec, through: Array,
     k, designs = p.kinds[s.name], p.designs[s.name]
     shape = (2, len(designs), len(k.tokens))
     alone, full = through.reshape(shape)
+    lone, busy = occupied.reshape(shape)
+    longer = _uneven(designs, busy, k)
     machine = np.array([d.machine for d in designs])
     # what an engine adds once a request: HTTP, tokenisation, first scheduling
     arrival = (
         at_rows(c, (machine, p.entry_of[s.name])).arrival_overhead if s.kind == "prefill" else np.zeros(len(designs))
     )
     times = batched(
-        (alone + arrival[:, None], full + arrival[:, None]),
-        (occupied.reshape(shape)[0], occupied.reshape(shape)[1]),
+        (alone + arrival[:, None], full * longer + arrival[:, None]),
+        (lone, busy * longer),
         k.weight,
         k.first,
         _each_of(designs, "batch"),
         np.full(len(designs), k.calls),
     )
     return _priced(p, c, s, jax.tree.map(np.asarray, times), k)
+
+
+def _uneven(designs: tuple[Design, ...], busy: Array, k: Kinds) -> Array:
+    """(D, 1) how much longer full batches take one behind the other through pp stages, for the calls in them differ."""
+    batch, stages = (np.array([getattr(d, name) for d in designs], float) for name in ("batch", "pp"))
+    if stages.max() <= 1.0:
+        return np.ones((len(designs), 1))
+    balanced = np.array([d.microbatching == "balanced" for d in designs], float)
+    weight = np.broadcast_to(k.weight, busy.shape)
+    return np.asarray(_each(slowdown, busy / batch[:, None], weight, batch, stages, balanced))[:, None]
 
 
 def _retrieval(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:

@@ -34,6 +34,7 @@ from dse.space.schema import (
 KINDS = ("gateway", "tool", "retrieval", "encoder", "rerank", "prefill", "decode", "llm")
 DELAYS, BATCHED, CONTINUOUS = ("gateway", "tool"), ("retrieval", "encoder", "rerank", "prefill"), ("decode", "llm")
 LARGE_MODELS = ("prefill", "decode", "llm")
+MICROBATCHING = ("fifo", "balanced")
 OF_POOL = ("tp", "pp", "attention_dp", "cp", "spread", "replicas", "clusters")  # the owner's, of all stages of a pool
 
 Positive = Annotated[float, _amount("", open_low=True)]
@@ -124,7 +125,8 @@ class StageSpec(Strict):
     token; `adds`: prompt tokens that a stage adds to a request (the passages kept). `every_turn`: once a turn of a
     loop, not once a request. `transfer_bytes`: a token of its output to the next stage (auto: activations of encoders,
     the KV cache of prefill). `osl` makes an `llm` a writer (a query rewriter, a planner): what comes after it waits for
-    its whole answer of so many tokens; `tokens` are its prompts (left out: the request's).
+    its whole answer of so many tokens; `tokens` are its prompts (left out: the request's). `microbatching`: how calls,
+    which go whole, fill a pipeline of stages (pp): as they came, or `balanced` to equal work.
     """
 
     name: Name
@@ -142,6 +144,7 @@ class StageSpec(Strict):
     spread: Many = (1,)
     replicas: Many = (1,)
     batch: Many = (1,)
+    microbatching: Annotated[tuple[str, ...], _names(MICROBATCHING, "way to fill micro-batches")] = ("fifo",)
     chunk: Annotated[int, _whole("tokens")] = 8192
     weights: Annotated[tuple[str, ...], _names(WEIGHTS, "precision", _FORMATS)] = ("native",)
     kv: Annotated[tuple[str, ...], _names(KV_FORMATS, "precision", _FORMATS)] = ("auto",)
@@ -180,14 +183,15 @@ class StageSpec(Strict):
     def _belongs(self) -> StageSpec:
         """What a kind needs, and what says nothing of it."""
         large = ("attention_dp", "ep", "cp")
+        strange: tuple[str, ...] = () if self.kind == "llm" else ("osl", "osl_cv")
+        strange += ("microbatching",) if self.kind in CONTINUOUS else ()
         retrieval = ("vectors", "vector_bytes", "scan", "host")
         sequences = ("tokens", "encoder", "merge")
-        strange: tuple[str, ...] = () if self.kind == "llm" else ("osl", "osl_cv")
         if self.kind in DELAYS:
             known = {"name", "kind", "time_ms", "every_turn"}
             strange = tuple(f for f in type(self).model_fields if f not in known)
         elif self.kind == "retrieval":
-            strange += (*sequences, *large, "spread", "model", "pp", "weights", "kv", "chunk", "pool")
+            strange += (*sequences, *large, "spread", "model", "pp", "weights", "kv", "chunk", "pool", "microbatching")
         elif self.kind in ("encoder", "rerank"):
             strange += (*retrieval, *large, "time_ms", "chunk")
         elif self.writes:

@@ -39,6 +39,7 @@ class Design(NamedTuple):
     weights: str
     kv: str
     batch: int
+    microbatching: str = "fifo"
 
     @property
     def place(self) -> tuple[int, ...]:
@@ -169,7 +170,8 @@ def _all(stage: StageSpec, owner: StageSpec, machines: tuple[int, ...]) -> list[
         shape = machines, owner.tp, owner.pp, owner.attention_dp, owner.cp, owner.spread
         own = stage.tp if stage is not owner and "tp" in stage.model_fields_set else (0,)
         axes = *shape, stage.ep, own, stage.weights, stage.kv
-    return [Design(*x) for x in itertools.product(*axes, stage.batch)]
+    found = [Design(*x) for x in itertools.product(*axes, stage.batch, stage.microbatching)]
+    return [d for d in found if d.pp > 1 or d.microbatching == stage.microbatching[0]]  # one stage has no bubbles
 
 
 def _illegal(spec: PipelineSpec, stage: StageSpec, of: Facts | None, d: Design, machines: list[Machine]) -> str | None:
