@@ -99,6 +99,7 @@ class Batched:
     batch: Number
     calls: Number
     own: Cumulants  # of a lone call of the first turn
+    slopes: tuple[Number, ...] = ()  # of that, by a standard deviation of each amount that other stages see too
 
     @property
     def capacity(self) -> Number:
@@ -223,6 +224,7 @@ class Part:
     tpot: Number = 0.0  # mean over requests, ...
     tpot_variance: Number = 0.0  # ... variance and third central moment
     tpot_third: Number = 0.0
+    slopes: tuple[Number, ...] = ()  # of the first turn's time, as of `Batched`; their squares are in ttft's variance
 
 
 def batched_part(s: Batched, load: Load, filled: Number, share: Number, iteration: Number) -> Part:
@@ -238,7 +240,8 @@ def batched_part(s: Batched, load: Load, filled: Number, share: Number, iteratio
     )
     call = of_wait(load.wait, load.delayed, load.scv) + of_rest(iteration) + service
     total = s.calls * (wait + s.alone + more)
-    return Part(wait=wait, first=s.first + more, total=total, ttft=of_some(call, share), calls=s.calls)
+    slopes = tuple(slope * stretch / n for slope in s.slopes)
+    return Part(wait=wait, first=s.first + more, total=total, ttft=of_some(call, share), calls=s.calls, slopes=slopes)
 
 
 @pytree

@@ -1,8 +1,9 @@
 """Percentiles of a sum of stages: each stage's part of TTFT as three cumulants, which independent stages add up.
 
-A request's waits and services are taken as independent from stage to stage. They are not quite: a long prompt is long
-at every stage. So tails are too short where one length drives several stages (tests/test_pipeline_queues.py says by how
-much). Turned into percentiles by `dse.search.pipeline_tails`.
+A request's waits and services are taken as independent from stage to stage, but for amounts that several stages see (an
+encoder's tokens are prompt tokens too): what each takes more by a standard deviation of it adds up first (`together`).
+Other lengths in common make tails too short (tests/test_pipeline_queues.py says by how much). Turned into percentiles
+by `dse.search.pipeline_tails`.
 """
 
 from __future__ import annotations
@@ -55,4 +56,14 @@ def of_rest(length: Number) -> Cumulants:
     return Cumulants(mean=0.5 * length, variance=length**2 / 12.0, third=0.0 * length)
 
 
-__all__ = ["Cumulants", "of_moments", "of_rest", "of_some", "of_wait"]
+def together(own: Cumulants, slopes: tuple[Number, ...], skewness: tuple[float, ...], sign: float = 1.0) -> Cumulants:
+    """With (or, sign -1, without) what follows an amount linearly: s^2 of the variance, s^3 its skewness of the third.
+
+    Stages are summed without their slopes, then get the square of the sum of these.
+    """
+    for s, skew in zip(slopes, skewness, strict=True):
+        own = Cumulants(mean=own.mean, variance=own.variance + sign * s**2, third=own.third + sign * skew * s**3)
+    return own
+
+
+__all__ = ["Cumulants", "of_moments", "of_rest", "of_some", "of_wait", "together"]

@@ -22,7 +22,7 @@ from dse.cost.coefficients import Coefficients
 from dse.cost.evaluate import Scenario
 from dse.cost.pipeline import Batched, Continuous, Load, Part, batched_part, pool_load, running, slowed
 from dse.cost.pipeline_open import Aggregated
-from dse.cost.pipeline_tails import Cumulants, of_some, of_wait
+from dse.cost.pipeline_tails import Cumulants, of_some, of_wait, together
 from dse.cost.pools import link
 from dse.cost.types import replace
 from dse.search.pipeline_open import aggregated_at
@@ -70,9 +70,12 @@ def _pool_kernel(
     load: Load,
     stages: tuple[Batched | Continuous | Part, ...],
     shares: tuple[float, ...],
+    skewness: tuple[float, ...],
     replicas: Any,
 ) -> dict[str, Any]:
     """What a pool adds to a request; of an aggregated language model its part is known.
+
+    The variance and third moment of TTFT are without what follows amounts in common, of that `skewness`: `slope 0`, ...
 
     It loses the time of the batched stages and waits for what they run; they wait out its iteration.
     """
@@ -93,13 +96,17 @@ def _pool_kernel(
             parts.append(run.part)
     for i, part in enumerate(parts):
         found[f"wait {i}"], found[f"time {i}"] = part.wait, part.first
-    ttft = sum((x.ttft for x in parts[1:]), start=parts[0].ttft)
+    none = (0.0,) * len(skewness)
+    alone = [together(x.ttft, x.slopes or none, skewness, -1.0) for x in parts]
+    ttft = sum(alone[1:], start=alone[0])
+    for i in range(len(skewness)):
+        found[f"slope {i}"] = sum(((x.slopes or none)[i] for x in parts), start=0.0 * load.wait)
     sums = {name: sum(getattr(x, name) for x in parts) for name in ("total", *OF_TPOT)}
     return found | sums | {"ttft": ttft.mean, "variance": ttft.variance, "third": ttft.third}
 
 
 @cache
-def _compiled(kernel: Any, static: int | None = None) -> Any:
+def _compiled(kernel: Any, static: tuple[int, ...] | None = None) -> Any:
     return jax.jit(kernel, static_argnums=static)
 
 
@@ -148,7 +155,8 @@ def _at_rates(
     """Every option at every rate, (R, N)."""
     shape = len(p.spec.rates), len(copies)
     if not len(copies):
-        return {name: np.zeros(shape) for name in (*SUMS[:ADDED], "utilisation", "stable")}
+        names = (*SUMS[:ADDED], *slopes(p), "utilisation", "stable")
+        return {name: np.zeros(shape) for name in names}
     rates = np.array(p.spec.rates)[:, None]
     batched = tuple(x for x in times if isinstance(x, Batched))
     load, slower = jax.tree.map(
@@ -168,7 +176,8 @@ def _at_rates(
                 "stable": found.stable & np.asarray(load.stable),
             } | (dict.fromkeys(OF_TPOT, np.zeros(shape)) if s.writes else {})
     shares = tuple(p.kinds[s.name].share for s in stages)
-    at = _compiled(_pool_kernel, 3)(rates, load, tuple(times), shares, copies)
+    skewness = tuple(x.skewness for x in p.commons)
+    at = _compiled(_pool_kernel, (3, 4))(rates, load, tuple(times), shares, skewness, copies)
     return {k: np.broadcast_to(np.asarray(v), shape) for k, v in {**at, **known}.items()}
 
 
@@ -266,17 +275,23 @@ def delays(spec: PipelineSpec) -> tuple[float, float]:
     return sum(t for t, _ in each), sum(t * n for t, n in each) + tools
 
 
-def asked(spec: PipelineSpec) -> tuple[int, ...]:
-    """Positions in SUMS that an objective or a limit depends on. GPUs always: the budget."""
+def slopes(p: CompiledPipeline) -> tuple[str, ...]:
+    """The sums behind SUMS: of each amount that several stages see, what TTFT grows by (s a standard deviation)."""
+    return tuple(f"slope {i}" for i in range(len(p.commons)))
+
+
+def asked(p: CompiledPipeline) -> tuple[int, ...]:
+    """Positions among the sums that an objective or a limit depends on. GPUs always: the budget."""
+    spec = p.spec
     names = {name for name, _ in spec.objectives} | set(spec.constraints)
     needs = {"gpus"}
     needs |= {"usd"} if names & {"usd_per_request", "usd_per_mtok"} else set()
     needs |= {"ttft"} if names & {"ttft_ms", "ttft_p90_ms", "ttft_p99_ms"} else set()
-    needs |= {"variance", "third"} if names & {"ttft_p90_ms", "ttft_p99_ms"} else set()
+    needs |= {"variance", "third", *slopes(p)} if names & {"ttft_p90_ms", "ttft_p99_ms"} else set()
     needs |= {"tpot"} if names & {"tpot_ms", "e2e_ms"} else set()
     needs |= set(OF_TPOT) if names & {"tpot_p90_ms", "tpot_p99_ms"} else set()
     needs |= {"total"} if "e2e_ms" in names else set()
-    return tuple(i for i, name in enumerate(SUMS) if name in needs)
+    return tuple(i for i, name in enumerate((*SUMS, *slopes(p))) if name in needs)
 
 
 def _best(values: Array, dims: tuple[int, ...]) -> Array:
@@ -293,7 +308,7 @@ def _best(values: Array, dims: tuple[int, ...]) -> Array:
 
 @dataclass(frozen=True)
 class Met:
-    """Whole pipelines at one rate: options by pool (n, pools), and their SUMS."""
+    """Whole pipelines at one rate: options by pool (n, pools), and their SUMS and `slopes`."""
 
     options: Array
     sums: Array
@@ -301,14 +316,20 @@ class Met:
 
 def meet(p: CompiledPipeline, pools: list[Pool], r: int, ways: Ways, prune: bool = True) -> Met:
     """All pipelines at rate `r` within the budget, every pool stable, but for those that can be on no front."""
-    joins, dims = edges(p), asked(p.spec)
-    start = np.zeros((1, len(SUMS)))
+    joins, dims, more_sums = edges(p), asked(p), slopes(p)
+    width = len(SUMS) + len(more_sums)
+    start = np.zeros((1, width))
     start[0, :2] = delays(p.spec)
     partial: list[tuple[Array, Array]] = [(np.zeros((1, 0), np.int64), start)]  # alike in their ends
     for i, pool in enumerate(pools):
         stable = np.flatnonzero(pool.at["stable"][r])
         adds = np.stack(
-            [*(pool.at[name][r, stable] for name in SUMS[:ADDED]), pool.gpus[stable], pool.usd[stable]], axis=1
+            [
+                *(pool.at[name][r, stable] for name in SUMS[:ADDED]),
+                *(pool.gpus[stable], pool.usd[stable]),
+                *(pool.at[name][r, stable] for name in more_sums),
+            ],
+            axis=1,
         )
         groups: dict[Any, tuple[Array, Array]] = {}
         alike, of = np.unique(pool.ends[stable], axis=0, return_inverse=True)
@@ -318,7 +339,7 @@ def meet(p: CompiledPipeline, pools: list[Pool], r: int, ways: Ways, prune: bool
             more = _hand_over(pools, options[0], i, alike[e], joins, ways)
             if more is None or not len(members):
                 continue
-            total = (sums[:, None] + adds[members][None]).reshape(-1, len(SUMS))
+            total = (sums[:, None] + adds[members][None]).reshape(-1, width)
             total[:, :2] += more
             names = np.column_stack([np.repeat(options, len(members), 0), np.tile(stable[members], len(options))])
             keep = total[:, GPUS] <= p.spec.gpus
@@ -331,7 +352,7 @@ def meet(p: CompiledPipeline, pools: list[Pool], r: int, ways: Ways, prune: bool
                 kept = _best(sums, dims) if prune else np.arange(len(options))
                 partial.append((options[kept], sums[kept]))
     if not partial:
-        return Met(np.zeros((0, len(pools)), np.int64), np.zeros((0, len(SUMS))))
+        return Met(np.zeros((0, len(pools)), np.int64), np.zeros((0, width)))
     return Met(*(np.concatenate(x) for x in zip(*partial, strict=True)))
 
 

@@ -16,6 +16,7 @@ from dse.catalog import hardware
 from dse.catalog.coefficients import CoefficientSet, coefficient_set
 from dse.catalog.precision import served_formats
 from dse.cost.coefficients import Coefficients
+from dse.cost.pipeline_tails import Cumulants, together
 from dse.cost.types import stack
 from dse.errors import InputError
 from dse.search.metrics import relative_excess, signed
@@ -103,7 +104,9 @@ def frame(
     """One row a pipeline: what it delivers, then each stage's plan and part. `rates` (n,) rows of the spec's."""
     spec, osl, turns = p.spec, p.spec.request.osl, p.spec.loop.turns
     rate = np.array(spec.rates)[rates]
-    ttft, total, tpot, variance, third, tpot_variance, tpot_third, gpus, usd = sums.T
+    ttft, total, tpot, variance, third, tpot_variance, tpot_third, gpus, usd, *common = sums.T
+    alone = Cumulants(mean=ttft, variance=variance, third=third)
+    whole = together(alone, tuple(common), tuple(x.skewness for x in p.commons))
     tokens = rate * turns * osl
     n = np.arange(len(options))
     columns: dict[str, Any] = {
@@ -116,7 +119,7 @@ def frame(
         "capacity_requests_s": np.full(len(options), np.inf),
         "bottleneck": "",
         "ttft_ms": ttft / MS,
-        **{f"ttft_p{q:.0f}_ms": percentile(q / 100, ttft, variance, third) / MS for q in (50, 90, 99)},
+        **{f"ttft_p{q:.0f}_ms": percentile(q / 100, ttft, whole.variance, whole.third) / MS for q in (50, 90, 99)},
         "tpot_ms": tpot / MS,
         **{f"tpot_p{q:.0f}_ms": percentile(q / 100, tpot, tpot_variance, tpot_third) / MS for q in (50, 90, 99)},
         "e2e_ms": (total + turns * max(osl - 1.0, 0.0) * tpot) / MS,

@@ -138,7 +138,32 @@ def _of_jobs(p: CompiledPipeline, c: Coefficients, s: StageSpec, through: Array,
         _each_of(designs, "batch"),
         np.full(len(designs), k.calls),
     )
+    times = replace(times, slopes=stage_slopes(p, s, k, alone))
     return _priced(p, c, s, jax.tree.map(np.asarray, times), k)
+
+
+def stage_slopes(p: CompiledPipeline, s: StageSpec, k: Kinds, alone: Array) -> tuple[Array, ...]:
+    """(D,) of each amount in common: seconds that a request's first call takes more by a standard deviation of it.
+
+    Regressions over kinds: an encoder's time on its tokens, requests without any among them; prefill's on the prompt's,
+    of which the encoder's are a part, independent of the rest.
+    """
+
+    def between(t: Array, x: Array, share: float) -> Array:
+        """Covariance over requests, of which a share has any."""
+        return np.asarray(share * ((t * x) @ k.first) - share**2 * (t @ k.first) * float(x @ k.first))
+
+    found = []
+    for common in p.commons:
+        slope = np.zeros(len(alone))
+        if s.name == common.stage:
+            slope = between(alone, k.sequences * k.tokens, k.share) / common.deviation
+        elif s.kind == "prefill":
+            varies = float(between(k.tokens, k.tokens, 1.0))
+            new = common.deviation / common.merge * (1.0 - p.spec.request.prefix_hit)
+            slope = between(alone, k.tokens, 1.0) / varies * new if varies > 0 else slope
+        found.append(np.maximum(slope, 0.0))
+    return tuple(found)
 
 
 def _uneven(designs: tuple[Design, ...], busy: Array, k: Kinds) -> Array:
@@ -168,6 +193,7 @@ def _retrieval(p: CompiledPipeline, c: Coefficients, s: StageSpec) -> Priced:
     one = np.ones(1)
     times = batched(both, both, one, one, batch, np.full(len(designs), k.calls))
     nothing = np.zeros(len(designs))
+    times = replace(times, slopes=tuple(nothing for _ in p.commons))
     held = nothing if s.host is not None else s.index_bytes / tp
     return Priced(jax.tree.map(np.asarray, times), held, nothing, nothing, nothing)
 
@@ -274,4 +300,4 @@ def _seated(parts: dict[str, Any], load: Load, k: Kinds) -> Array:
     return seats * mean + SURE * np.sqrt(seats) * deviation
 
 
-__all__ = ["Priced", "price"]
+__all__ = ["Priced", "price", "stage_slopes"]

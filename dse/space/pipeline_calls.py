@@ -166,6 +166,35 @@ def _turns(spec: PipelineSpec, prompt: Array, weight: Array) -> Kinds:
     )
 
 
+@dataclass(frozen=True)
+class Common:
+    """An amount that drives several stages: an encoder's tokens of a request, 0 for those that have none.
+
+    `merge`: of them become one prompt token. Mean, standard deviation and skewness over requests.
+    """
+
+    stage: str
+    merge: float
+    mean: float
+    deviation: float
+    skewness: float
+
+
+def commons(spec: PipelineSpec, found: dict[str, Kinds]) -> tuple[Common, ...]:
+    """The amounts that an encoder and the language model behind it both see; only those that vary."""
+    result = []
+    for stage in spec.pipeline:
+        if stage.kind != "encoder" or not any(s.kind == "prefill" for s in spec.pipeline):
+            continue
+        k = found[stage.name]
+        mean, square, cube = (k.share * float(k.first @ (k.sequences * k.tokens) ** n) for n in (1, 2, 3))
+        deviation = float(np.sqrt(max(square - mean**2, 0.0)))
+        if deviation > 1e-9 * mean:
+            skewness = (cube - 3.0 * mean * square + 2.0 * mean**3) / deviation**3
+            result.append(Common(stage.name, stage.merge, mean, deviation, skewness))
+    return tuple(result)
+
+
 def answer(spec: PipelineSpec, stage: StageSpec) -> tuple[float, float]:
     """Tokens that a language model answers a call with: mean and coefficient of variation."""
     return (stage.osl, stage.osl_cv) if stage.osl is not None else (spec.request.osl, spec.request.osl_cv)
@@ -197,4 +226,4 @@ def contexts(k: Kinds, most: int) -> tuple[Array, Array]:
     return prompt, weight
 
 
-__all__ = ["Kinds", "answer", "call_lengths", "contexts", "kinds", "merged"]
+__all__ = ["Common", "Kinds", "answer", "call_lengths", "commons", "contexts", "kinds", "merged"]

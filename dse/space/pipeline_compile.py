@@ -20,7 +20,7 @@ from dse.space.legal import CUT_DENSE_DP, CUT_DENSE_MOE, CUT_EXPERTS, CUT_HEADS,
 from dse.space.load import together
 from dse.space.machines import Machine, _machine
 from dse.space.pipeline import LARGE_MODELS, PipelineSpec, StageSpec
-from dse.space.pipeline_calls import Kinds, kinds
+from dse.space.pipeline_calls import Common, Kinds, commons, kinds
 from dse.units import GIB
 
 
@@ -79,6 +79,7 @@ class CompiledPipeline:
     devices: Device
     topologies: Topology
     kinds: dict[str, Kinds]
+    commons: tuple[Common, ...]
     designs: dict[str, tuple[Design, ...]]
     illegal: dict[str, int]  # reason -> designs
 
@@ -149,6 +150,7 @@ def compile_pipeline(spec: PipelineSpec) -> CompiledPipeline:
                     f"{spec.where}: pipeline: no plan of stage {stage.name!r} is legal: {why}; give other tp, pp"
                 )
             designs[stage.name] = tuple(legal)
+    calls = kinds(spec)
     return CompiledPipeline(
         spec=spec,
         machines=tuple(found),
@@ -157,7 +159,8 @@ def compile_pipeline(spec: PipelineSpec) -> CompiledPipeline:
         architectures=stack(align([to_architecture(e) for e in unique])),
         devices=stack([hardware.to_device(m.gpu) for m in found]),
         topologies=hardware.stacked([hardware.to_topology(m.cluster) for m in found]),
-        kinds=kinds(spec),
+        kinds=calls,
+        commons=commons(spec, calls),
         designs=designs,
         illegal=illegal,
     )
