@@ -39,6 +39,11 @@ ONE_SIDED = {
     "combine_base": 2e-6,  # and 18 us for a token's way
 }
 ENGINE_DEFAULTS = {(generation, "trtllm"): ONE_SIDED for generation in ("blackwell", "blackwell-ultra")}
+# From a prefill worker to a decode worker of a served engine: routed once more, blocks agreed upon, taken in between two
+# steps. No microbenchmark shows it: seconds beyond prefill and queue of lightly loaded split deployments, all of them
+# under Dynamo (0.08 TensorRT-LLM to 0.25 vLLM, by series; one number, for the series of an engine differ as much).
+HANDOFF = {"transfer_base": 0.1}
+HANDED_ON = frozenset(("trtllm", "sglang", "vllm"))
 # Where physics sets a limit, whatever the data say and the factors multiply to.
 BOUNDS = {
     "memory": (0.2, 1.0),
@@ -71,7 +76,7 @@ class CoefficientSet:
         for level, key in zip(LEVELS, (generation, gpu, engine, version, model), strict=True):
             for name, factor in self.factors.get(level, {}).get(key, {}).items():
                 values[name] = values[name] * factor
-        values |= ENGINE_DEFAULTS.get((generation, engine), {})
+        values |= ENGINE_DEFAULTS.get((generation, engine), {}) | (HANDOFF if engine in HANDED_ON else {})
         for name, (low, high) in BOUNDS.items() if self.factors else ():
             values[name] = min(max(values[name], low), high)
         return Coefficients(**values)

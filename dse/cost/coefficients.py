@@ -75,9 +75,7 @@ class Coefficients:
     cohort: Number = 0.2  # share of requests that stay together after it: equal answers end together
     # 1: prompts get steps of their own, ahead of decode (SGLang); 0: they share steps with it. None: 0 for all
     prefill_priority: Number | None = None
-    # from the prefill worker to a decode worker: routed once more, handshake, blocks registered, taken in between two
-    # steps. No microbenchmark shows it: the median of 119 split deployments under Dynamo, 0.08-0.25 by engine
-    transfer_base: Number = 100_000.0 * US
+    transfer_base: Number = 5000.0 * US  # handshake of two pools' workers and first block of a KV transfer [E]
     # collectives [C]
     collective_base: Number = 6.1 * US  # an LL kernel's start; the other protocols add theirs [N: 6.6]
     collective_ll128: Number = 13.0 * US

@@ -38,7 +38,6 @@ Array = np.ndarray
 # USD an hour. One stage has a TPOT, so that what it says is the pipeline's.
 SUMS = ("ttft", "total", "tpot", "variance", "third", "tpot_variance", "tpot_third", "gpus", "usd")
 ADDED = 7  # of them depend on the rate
-HANDED = 5e-3  # s: one request to the next stage's server, where no cache's blocks are to be agreed upon
 OF_TPOT = ("tpot", "tpot_variance", "tpot_third")
 GPUS = SUMS.index("gpus")
 
@@ -242,27 +241,24 @@ def edges(p: CompiledPipeline) -> list[Edge]:
     return found
 
 
-Ways = dict[tuple[int, int], tuple[float, float, float]]
+Ways = dict[tuple[int, int], tuple[float, float]]
 
 
 def lines(p: CompiledPipeline, c: Coefficients) -> Ways:
-    """(fixed of a cache, of anything else, a byte) between two machines, by the slowest level that a deployment of the
-    whole budget spans."""
+    """(fixed, a byte) between two machines, by the slowest level that a deployment of the whole budget spans."""
     found = {}
     for a, b in itertools.product(range(len(p.machines)), repeat=2):
         ends = at_rows(p.topologies, a), at_rows(p.topologies, b)
         apart = float(p.machines[a].cluster.name != p.machines[b].cluster.name)
         free = float(p.spec.transfers == "free")
         line = link(ends, (at_rows(c, (a, 0)), at_rows(c, (b, 0))), float(p.spec.gpus), apart, free)
-        other = 0.0 if free else float(line.fixed - at_rows(c, (b, 0)).transfer_base) + HANDED
-        found[a, b] = float(line.fixed), other, float(line.per_byte)
+        found[a, b] = float(line.fixed), float(line.per_byte)
     return found
 
 
 def transfer(e: Edge, ways: Ways, source: Array, target: Array) -> float:
     """Seconds of a hand-over between two ends: all GPUs of the smaller replica send or take in at once."""
-    cache, other, per_byte = ways[int(source[0]), int(target[0])]
-    fixed = cache if e.caches else other
+    fixed, per_byte = ways[int(source[0]), int(target[0])]
     handed = source[3 + e.slot]
     return float(fixed + per_byte * handed / min(source[1], target[1])) if handed > 0 else 0.0
 
