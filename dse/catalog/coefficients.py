@@ -39,9 +39,9 @@ ONE_SIDED = {
     "combine_base": 2e-6,  # and 18 us for a token's way
 }
 ENGINE_DEFAULTS = {(generation, "trtllm"): ONE_SIDED for generation in ("blackwell", "blackwell-ultra")}
-# From a prefill worker to a decode worker of a served engine: routed once more, blocks agreed upon, taken in between two
-# steps. No microbenchmark shows it: seconds beyond prefill and queue of lightly loaded split deployments, all of them
-# under Dynamo (0.08 TensorRT-LLM to 0.25 vLLM, by series; one number, for the series of an engine differ as much).
+# From a prefill worker to a decode worker of a served engine: routed once more, blocks agreed upon, taken in between
+# two steps. No microbenchmark shows it: seconds beyond prefill and queue of lightly loaded split deployments under
+# Dynamo (0.08 TensorRT-LLM to 0.25 vLLM; one number, for the series of one engine differ as much).
 HANDOFF = {"transfer_base": 0.1}
 HANDED_ON = frozenset(("trtllm", "sglang", "vllm"))
 # Where physics sets a limit, whatever the data say and the factors multiply to.

@@ -168,7 +168,7 @@ def stage_slopes(p: CompiledPipeline, s: StageSpec, k: Kinds, alone: Array) -> t
 
 def _uneven(designs: tuple[Design, ...], busy: Array, k: Kinds) -> Array:
     """(D, 1) how much longer full batches take one behind the other through pp stages, for the calls in them differ."""
-    batch, stages = (np.array([getattr(d, name) for d in designs], float) for name in ("batch", "pp"))
+    batch, stages = _each_of(designs, "batch"), _each_of(designs, "pp")
     if stages.max() <= 1.0:
         return np.ones((len(designs), 1))
     balanced = np.array([d.microbatching == "balanced" for d in designs], float)
