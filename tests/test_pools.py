@@ -331,6 +331,27 @@ def test_measured_split_deployments_without_speculation() -> None:
 
 
 @measured
+def test_waits_for_the_first_token_follow_from_the_recipes_batches() -> None:
+    """Runs whose published recipe (NVIDIA/srt-slurm, recipes/trtllm/gb300-fp8) has the decode batch in its name: seconds
+    of TTFT within 10% with it, where memory alone would let every request in."""
+    table = pd.read_csv(SHARED / "disaggregated.csv", dtype=str)
+    chosen = table[(table["gpu"] == "gb300") & (table["engine"] == "trtllm") & (table["weights"] == "fp8")]
+    batches = {("1024", "24"): "4", ("1024", "84"): "16", ("8192", "36"): "8"}  # (osl, concurrency)
+    keys = list(zip(chosen["osl"], chosen["concurrency"], strict=True))
+    chosen = chosen[[key in batches for key in keys]].assign(
+        decode_max_batch=[batches[k] for k in keys if k in batches]
+    )
+    assert len(chosen) == len(batches)
+    seen = chosen["measured_ttft_ms"].astype(float).to_numpy()
+    known, unknown = (
+        estimate_cases(rows.reset_index(drop=True), coefficient_set())["ttft_ms"].to_numpy(float)
+        for rows in (chosen, chosen.drop(columns="decode_max_batch"))
+    )
+    assert known == pytest.approx(seen, rel=0.1)
+    assert (unknown < 0.1 * seen).all()
+
+
+@measured
 def test_the_better_ratio_of_prefill_to_decode_workers_is_picked() -> None:
     """dstack's study: throughput a GPU of every two ratios at the same lengths and load."""
     runs = pd.read_csv(SHARED / "published_runs.csv")
