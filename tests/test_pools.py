@@ -332,7 +332,7 @@ def test_measured_split_deployments_without_speculation() -> None:
 
 @measured
 def test_waits_for_the_first_token_follow_from_the_recipes_batches() -> None:
-    """Runs whose published recipe (NVIDIA/srt-slurm, recipes/trtllm/gb300-fp8) has the decode batch in its name: seconds
+    """Runs whose published recipe (NVIDIA/srt-slurm, recipes/trtllm/gb300-fp8) names the decode batch: seconds
     of TTFT within 10% with it, where memory alone would let every request in."""
     table = pd.read_csv(SHARED / "disaggregated.csv", dtype=str)
     chosen = table[(table["gpu"] == "gb300") & (table["engine"] == "trtllm") & (table["weights"] == "fp8")]
