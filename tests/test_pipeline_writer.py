@@ -11,6 +11,7 @@ import pytest
 
 from dse.cost.coefficients import Coefficients
 from dse.errors import InputError
+from dse.programs import QUICK
 from dse.search import pipeline_open
 from dse.search.pipeline_result import search_pipeline
 from dse.space.load import parse_pipeline
@@ -37,7 +38,7 @@ def _quickly_compiled() -> Iterator[None]:
     """A few rows of a large program: compiled in half the time, though slower then."""
     pipeline_open.compiled.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline_open, "OPTIONS", {**pipeline_open.OPTIONS, "xla_backend_optimization_level": 0})
+        patch.setattr(pipeline_open, "LARGE", QUICK)
         patch.setattr(pipeline_open, "BLOCK", 2)
         yield
     pipeline_open.compiled.cache_clear()
