@@ -268,9 +268,8 @@ def serve(x: Any, fits: float) -> dict[str, Any]:
     each = prompt / budget
     line = larger_root(others * each - answer - pieces, LINE * others * each**2)
     late = apart / 2 * min(others, 1.0)  # into the middle of the step that follows an answer's last
-    shared = own + line * (t_mixed + (budget - mix) * token) + late
-    cohort = through(prefill, pieces)
-    shared = shared if shared > cohort else c.cohort * cohort + (1 - c.cohort) * shared
+    between = min(others, 1.0)  # a request alone meets no steps of others, and all seats free
+    shared = own + between * (c.turns - 1) * own + line * (t_mixed + (budget - mix) * token) + late
 
     # All prompts at once, one behind the other: half way between the first and the last of them (static: the last)
     last = running * prompt / wave
@@ -293,15 +292,16 @@ def serve(x: Any, fits: float) -> dict[str, Any]:
     width = clamp(company, piece, load.chunk)
     count = max(pieces, (1 + company / width) / 2)
     ahead = late + through(alone, count) + count * (width - together) * token
-    ahead = (1 - c.cohort) * ahead + c.cohort * burst
 
     tpot = ((1 - priority) * apart + priority * paused) / accepted
     first = loop.first
-    served = first * burst + (1 - first) * ((1 - priority) * shared + priority * ahead)
-    least = first * cohort + (1 - first) * own
+    apiece = (1 - priority) * shared + priority * ahead
+    served = first * burst + (1 - first) * max(apiece, c.cohort * burst + (1 - c.cohort) * apiece)
+    least = first * through(prefill, pieces) + (1 - first) * own
     outside = asked - running
     outside *= 1 - outside / (asked * load.waves) / 2  # they have gone in at the end of the run
-    admission = outside / running * (served + max(load.osl - 1, 0.0) * tpot)
+    empty = 0.0 if static else between * c.idle_seats
+    admission = (outside + empty) / (running - empty) * (served + max(load.osl - 1, 0.0) * tpot)
     return {
         "ttft": c.arrival_overhead + served + admission,
         "tpot": tpot,

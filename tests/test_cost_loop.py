@@ -46,7 +46,7 @@ def plain(load: dict[str, Any], coefficients: dict[str, Any], **settings: Any) -
 
 
 PHYSICS = coefficient_set("physics")
-STEADY = {"arrival_overhead": 0.0, "first_wave": 0.0, "cohort": 0.0}
+STEADY = {"arrival_overhead": 0.0, "first_wave": 0.0, "cohort": 0.0, "idle_seats": 0.0}
 
 
 def loop(load: dict[str, Any], coefficients: dict[str, Any] | None = None, **settings: Any) -> Columns:
@@ -106,7 +106,7 @@ def test_latencies_have_no_jump_where_prompts_fill_pieces_and_budgets(
 
 def test_one_request_at_a_time_waits_for_none() -> None:
     isl = np.linspace(1, 2000, ROWS)
-    got = loop({"concurrency": 1.0, "isl": isl}, {"cohort": 0.3})
+    got = loop({"concurrency": 1.0, "isl": isl}, {"cohort": 0.3, "turns": 2.0, "idle_seats": 1.0})
     np.testing.assert_allclose(got["served.queue"] / got["ttft"], 0, atol=1e-9)
 
 

@@ -31,7 +31,9 @@ ENDS = [f"{name}_{end}" for name in ("ttft_ms", "tpot_ms", "output_tok_s_gpu") f
 def sure() -> CoefficientSet:
     """A set that knows vllm on an H100 well, by hand: two directions, a residual with heavy tails."""
     spread = {
-        name: {"base": 0.3, "generation": 0.2, "gpu": 0.2, "engine": 0.2, "version": 0.1, "model": 0.1}
+        name: dict.fromkeys(("generation", "gpu", "engine"), 0.2)
+        | dict.fromkeys(("version", "model", "deployment"), 0.1)
+        | {"base": 0.3}
         for name in NAMES
     }
     known = {name: np.array([0.5, 0.0 if name == "memory" else 0.3]) for name in NAMES}
@@ -94,14 +96,14 @@ def test_variance_of_a_case_is_the_quadratic_form(sure):
     """s'Cs over the case's blocks, against the dense covariance; an unknown level adds its whole prior."""
     u = sure.uncertainty
     slopes = np.array([[0.4, -0.3], [0.1, 0.9]])
-    keys = {"generation": "hopper", "gpu": "h100", "engine": "", "version": "", "model": ""}
+    keys = {"generation": "hopper", "gpu": "h100", "engine": "", "version": "", "model": "", "deployment": ""}
     spread = np.concatenate([[u.spread[n][level] for n in NAMES] for level in ("base", *LEVELS)])
-    v = np.zeros((12, 2))
+    v = np.zeros((14, 2))
     for block in range(3):
         for i, name in enumerate(NAMES):
             v[2 * block + i] = u.directions["base", ""][name]
-    covariance = spread[:, None] * (np.eye(12) - v @ v.T) * spread
-    each = np.tile(slopes, 6)
+    covariance = spread[:, None] * (np.eye(14) - v @ v.T) * spread
+    each = np.tile(slopes, 7)
     expected = np.einsum("mi,ij,mj->m", each, covariance, each)
     np.testing.assert_allclose(u.variance(slopes, keys), expected, rtol=1e-12)
 

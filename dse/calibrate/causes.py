@@ -70,7 +70,7 @@ CAUSES = (
     Cause("admission is not limited by KV memory", unlimited=True),
     Cause("admission sets aside the KV of whole answers", values={"reserved_output": 1.0}),
     Cause("requests run in lockstep cohorts", values={"cohort": 1.0}),
-    Cause("requests do not stay in cohorts", values={"cohort": 0.001}),
+    Cause("one client finds no seat free", values={"idle_seats": 1.0}),
 )
 
 

@@ -226,6 +226,7 @@ def _labels(gpus: list[GpuEntry]) -> dict[str, list[str]]:
         "gpu": [g.name for g in gpus],
         "engine": [""] * len(gpus),
         "version": [""] * len(gpus),
+        "deployment": [""] * len(gpus),
         "model": [""] * len(gpus),
     }
 

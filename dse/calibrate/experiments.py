@@ -160,7 +160,7 @@ _gradient = quick(jax.vmap(jax.jacfwd(log_ttft_tpot)))
 
 def _slopes(cases: Sequence[Case], known: CoefficientSet) -> Array:
     """d log (TTFT, TPOT) / d log coefficient (n, 2, F); an answer of one token has no TPOT."""
-    values = [known.of(*case.keys.values()) for case in cases]
+    values = [known.of(**case.keys) for case in cases]
     logs = np.log([[float(getattr(c, f.name)) for f in FREE] for c in values])
     with jax.enable_x64(True):
         slopes: Array = in_blocks(_gradient, logs, scenarios_of(cases, known), least=LEAST_ROWS)

@@ -15,6 +15,7 @@ from dse.calibrate.sources import Source
 Array = np.ndarray
 MOST_STEPS = 60
 LEAST_SPREAD = 2e-3  # of a prior below which a parameter is not fitted: it would move by less than 0.2%
+LEAST_TOLD = 1e-6  # information in units of the prior's, below which the data say nothing of a parameter
 START_SPREAD = 0.3  # of a random start, in prior standard deviations
 
 
@@ -71,29 +72,34 @@ class _Problem:
             slope += self.spread * self._back(i, self._slopes(i, theta), weight * error / np.sqrt(1.0 + error**2))
         return value, slope
 
-    def curvature(self, x: Array) -> Array:
-        """Gauss-Newton Hessian of the loss: J' W J with the weights that the robust loss gives the residuals."""
-        information = self.information(self.centre + self.spread * x) * self.spread[:, None] * self.spread[None, :]
-        return np.asarray(information + np.diag(1.0 / np.sqrt(1.0 + x**2)))
+    def curvature(self, x: Array, some: Array) -> Array:
+        """Gauss-Newton Hessian of the loss by `some` parameters: J' W J, the prior's with it."""
+        spread = self.spread[some]
+        information = self.information(self.centre + self.spread * x, some) * spread[:, None] * spread[None, :]
+        information[np.diag_indices(len(some))] += 1.0 / np.sqrt(1.0 + x[some] ** 2)
+        return information
 
-    def information(self, theta: Array) -> Array:
-        """J' W J of the data alone, by the parameters themselves.
+    def information(self, theta: Array, some: Array | None = None) -> Array:
+        """J' W J of the data alone, by the parameters numbered `some` (all).
 
         Rows of the same levels share their blocks: their coefficients' part (F, F) is summed once and put wherever two
         of the blocks meet.
         """
-        count = len(FREE)
-        every = np.arange(count)
-        total = np.zeros((self.layout.size // count, count, self.layout.size // count, count))
+        asked = np.arange(self.layout.size) if some is None else some
+        place = np.full(self.layout.size, -1)
+        place[asked] = np.arange(len(asked))
+        place = place.reshape(-1, len(FREE))
+        total = np.zeros((len(asked), len(asked)))
         for i, design in enumerate(self.designs):
             slopes, weight = self._slopes(i, theta), self.weights[i] / np.sqrt(1.0 + self.errors(i, theta) ** 2)
             kinds, kind = np.unique(design, axis=0, return_inverse=True)
             for k, blocks in enumerate(kinds):
                 rows = kind.ravel() == k
                 part = np.einsum("nkf,nk,nkg->fg", slopes[rows], weight[rows], slopes[rows], optimize=True)
-                here = np.flatnonzero(blocks)
-                total[np.ix_(here, every, here, every)] += part[None, :, None, :]
-        return total.reshape(self.layout.size, self.layout.size)
+                here = place[np.flatnonzero(blocks)]
+                _, f = np.nonzero(here >= 0)
+                total[np.ix_(here[here >= 0], here[here >= 0])] += part[np.ix_(f, f)]
+        return total
 
     def _slopes(self, i: int, theta: Array) -> Array:
         """d scaled residual / d log coefficient (n, k, F) of source i; 0 where nothing may be seen."""
@@ -112,7 +118,7 @@ class _Problem:
         A trust region on the Gauss-Newton Hessian, parameters by parameters: with a few hundred of them and thousands
         of residuals the singular values of the whole Jacobian (`least_squares`) cost a hundred times as much.
         """
-        free = self.spread > LEAST_SPREAD
+        free = self._free()
 
         def whole(part: Array) -> Array:
             x = np.zeros(self.layout.size)
@@ -127,12 +133,18 @@ class _Problem:
             objective,
             start[free],
             jac=True,
-            hess=lambda part: self.curvature(whole(part))[np.ix_(free, free)],
+            hess=lambda part: self.curvature(whole(part), free),
             method="trust-exact",
             callback=_Settled(),
             options={"initial_trust_radius": 3.0, "max_trust_radius": 30.0, "gtol": 0.03, "maxiter": MOST_STEPS},
         )
         return self.centre + self.spread * whole(found.x), float(found.fun)
+
+    def _free(self) -> Array:
+        """Numbers of the parameters worth fitting: with a prior that leaves them room, and data that tell of them."""
+        room = np.flatnonzero(self.spread > LEAST_SPREAD)
+        told = np.diag(self.information(self.centre, room)) * self.spread[room] ** 2
+        return room[told > LEAST_TOLD]
 
     def sigma(self, theta: Array) -> dict[str, Array]:
         """Robust standard deviation (1.48 times the median absolute residual) of each metric of each source."""

@@ -1,6 +1,7 @@
 """What is fitted: coefficients as a base and factors by level, in logs, with priors that pool the levels partially.
 
-log c = log base + sum over levels (generation, GPU, engine, version, model) of an offset ~ N(0, spread of the level).
+log c = log base + sum over levels (generation, GPU, engine, version, model, deployment) of an offset ~ N(0, spread of
+the level).
 The base's prior is the cited physics. So a GPU or an engine with few rows leans on the others, and one with none is the
 pooled value.
 """
@@ -30,16 +31,19 @@ class Kind:
     engine: float
     version: float
     model: float
+    deployment: float = 0.0
 
 
 # What single kernels and data sheets tell already, serving runs may move but little: a loose fit explains the models
 # and GPUs that it saw by efficiencies which are wrong for others (a model left out: 19% instead of 14%). What is
-# particular to a model, or to a version of an engine, has offsets of its own.
+# particular to a model, or to a version of an engine, has offsets of its own. What nobody records of a run (its
+# host, how the engine was told to schedule) is learnt for each deployment.
 KINDS = {
-    "rate": Kind(base=0.1, generation=0.03, gpu=0.03, engine=0.03, version=0.3, model=0.3),
-    "launch": Kind(base=0.3, generation=0.08, gpu=0.05, engine=0.1, version=0.2, model=0.2),
+    "rate": Kind(base=0.1, generation=0.03, gpu=0.03, engine=0.03, version=0.3, model=0.3, deployment=0.2),
+    "launch": Kind(base=0.3, generation=0.08, gpu=0.05, engine=0.1, version=0.2, model=0.2, deployment=0.2),
     "schedule": Kind(base=0.5, generation=0.05, gpu=0.05, engine=0.5, version=0.5, model=0.05),
     "admission": Kind(base=0.5, generation=0.0, gpu=0.0, engine=0.7, version=0.3, model=0.0),
+    "setting": Kind(base=0.5, generation=0.05, gpu=0.05, engine=0.5, version=0.5, model=0.05, deployment=1.0),
     "network": Kind(base=0.5, generation=0.3, gpu=0.15, engine=0.1, version=0.2, model=0.2),
 }
 LEAST = 1e-3  # a standard deviation so small that the offset is no parameter
@@ -87,9 +91,11 @@ FREE = (
     Free("elementwise_passes", 0.5, "launch"),
     Free("step_overhead", 0.7, "launch"),
     Free("request_overhead", 1.0, "launch"),
-    Free("arrival_overhead", 1.0, "schedule"),
+    Free("arrival_overhead", 1.0, "setting"),
     Free("first_wave", 0.6, "schedule"),
-    Free("cohort", 1.0, "schedule"),
+    Free("cohort", 0.7, "setting"),
+    Free("turns", 0.5, "setting"),
+    Free("idle_seats", 1.5, "setting"),
     Free("collective_base", 0.7, "network"),
     Free("collective_ll128", 0.7, "network"),
     Free("collective_simple", 0.7, "network"),

@@ -1,8 +1,8 @@
 """Coefficient sets: the cited physics, and sets fitted to measurements, as factors on it by level.
 
 A coefficient of a case is the base value times one factor for each level that knows the case: GPU generation, GPU,
-engine, engine version, model (how well engines run its architecture). What nobody measured has no factor of its own and
-keeps what the levels above say.
+engine, engine version, model (how well engines run its architecture), deployment (what its runs were set up like, which
+nobody records). What nobody measured has no factor of its own and keeps what the levels above say.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dse.files import refuse_deep_yaml
 PHYSICS = "physics"  # the cited defaults of `cost.coefficients`
 BEST = "measured"  # the set used where none is named
 KERNELS = "kernels"  # the file of `kernel_coefficients`, which is no such set
-LEVELS = ("generation", "gpu", "engine", "version", "model")
+LEVELS = ("generation", "gpu", "engine", "version", "model", "deployment")
 _NAMES = tuple(f.name for f in fields(Coefficients))
 # What an engine does by default where the set's numbers are of another's kernels, by (generation, engine). TensorRT-LLM
 # exchanges MoE tokens inside an NVLink domain of Blackwell from all SMs, one-sidedly, where DeepEP has twenty SMs and
@@ -49,6 +49,8 @@ BOUNDS = {
     "memory": (0.2, 1.0),
     "expert_memory": (0.2, 1.0),
     "cohort": (0.001, 1.0),
+    "turns": (0.3, 10.0),
+    "idle_seats": (0.0, 1.0),
     "arrival_overhead": (0.0, 0.5),  # seconds; what waits longer was compiled or queued, which no request brings along
     "core_memory": (0.2, 1.0),
     "imbalance": (1.0, 4.0),
@@ -69,11 +71,17 @@ class CoefficientSet:
     uncertainty: Uncertainty | None = None
 
     def of(
-        self, generation: str = "", gpu: str = "", engine: str = "", version: str = "", model: str = ""
+        self,
+        generation: str = "",
+        gpu: str = "",
+        engine: str = "",
+        version: str = "",
+        model: str = "",
+        deployment: str = "",
     ) -> Coefficients:
-        """The coefficients of one case; unknown keys have no factor. `version`: see `version_key`."""
+        """The coefficients of one case; unknown keys have no factor. See `version_key`, `deployment_key`."""
         values = {name: getattr(Coefficients(), name) for name in _NAMES} | dict(self.base)
-        for level, key in zip(LEVELS, (generation, gpu, engine, version, model), strict=True):
+        for level, key in zip(LEVELS, (generation, gpu, engine, version, model, deployment), strict=True):
             for name, factor in self.factors.get(level, {}).get(key, {}).items():
                 values[name] = values[name] * factor
         values |= ENGINE_DEFAULTS.get((generation, engine), {}) | (HANDOFF if engine in HANDED_ON else {})
@@ -81,14 +89,10 @@ class CoefficientSet:
             values[name] = min(max(values[name], low), high)
         return Coefficients(**values)
 
-    def known(self, generation: str = "", gpu: str = "", engine: str = "", version: str = "", model: str = "") -> str:
-        """The set and the levels that spoke: `measured: hopper, h100, vllm, vllm 0.15.1`."""
-        keys = [
-            key
-            for level, key in zip(LEVELS, (generation, gpu, engine, version, model), strict=True)
-            if key in self.factors.get(level, {})
-        ]
-        return self.name + (f": {', '.join(keys)}" if keys else "")
+    def known(self, **keys: str) -> str:
+        """The set and the levels that spoke (arguments of `of`): `measured: hopper, h100, vllm, vllm 0.15.1`."""
+        spoke = [keys[level] for level in LEVELS if keys.get(level, "") in self.factors.get(level, {})]
+        return self.name + (f": {', '.join(spoke)}" if spoke else "")
 
 
 def version_key(engine: str, version: str) -> str:
@@ -98,6 +102,11 @@ def version_key(engine: str, version: str) -> str:
     """
     found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", version.strip().lower())
     return f"{engine} {found[1]}.{found[2]}.{found[3] or 0}" if found and engine else ""
+
+
+def deployment_key(engine: str, version: str, model: str, gpu: str) -> str:
+    """A model under one (version of an) engine on one GPU type: `vllm 0.12.0 Qwen3-32B h100`; "" without an engine."""
+    return " ".join((version or engine, model, gpu)) if engine else ""
 
 
 def coefficient_set(name: str | Path | None = None) -> CoefficientSet:

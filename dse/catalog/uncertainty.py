@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.linalg import eigh
 
 Array = np.ndarray
 BASE = "base"  # the block of the base values; others are (level, key)
@@ -117,11 +118,16 @@ def directions_of(information: Array, spread: Array, rank: int) -> Array:
 
     `information`: J'WJ of the data alone, (parameters, parameters); `spread`: the prior's standard deviations.
     """
-    scaled = information * spread[:, None] * spread[None, :]
-    values, vectors = np.linalg.eigh(0.5 * (scaled + scaled.T))
-    kept = np.argsort(-values)[:rank]
-    gain = np.maximum(values[kept], 0.0)
-    return np.asarray(vectors[:, kept] * np.sqrt(gain / (1.0 + gain)))
+    told = np.flatnonzero(np.diag(information) > 0)  # of the others the data say nothing: zeros in every direction
+    result = np.zeros((len(information), min(rank, len(information))))
+    if not len(told) or not rank:
+        return result
+    scaled = information[np.ix_(told, told)] * spread[told, None] * spread[None, told]
+    most = [max(len(told) - rank, 0), len(told) - 1]
+    values, vectors = eigh(0.5 * (scaled + scaled.T), subset_by_index=most)
+    gain = np.maximum(values[::-1], 0.0)
+    result[told, : len(gain)] = vectors[:, ::-1] * np.sqrt(gain / (1.0 + gain))
+    return result
 
 
 def _text(values: Array) -> str:

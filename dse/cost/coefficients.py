@@ -72,7 +72,11 @@ class Coefficients:
     request_overhead: Number = 2.0 * US  # the part of it that grows with the requests of a step
     arrival_overhead: Number = 5000.0 * US  # HTTP, tokenisation, first scheduling: once a request
     first_wave: Number = 1.0  # weight of the first wave of prompts over 1 / requests a client
-    cohort: Number = 0.2  # share of requests that stay together after it: equal answers end together
+    cohort: Number = 0.02  # share of the later ones whose prompts come all at once too: equal answers end together
+    # Steps like its own that a prompt takes beside others: the one that computes it, and those in which an engine that
+    # schedules ahead has fetched it but not begun, or has its token but not sent it
+    turns: Number = 1.0
+    idle_seats: Number = 0.02  # of a rank's: clients that find none free, whatever the memory
     # 1: prompts get steps of their own, ahead of decode (SGLang); 0: they share steps with it. None: 0 for all
     prefill_priority: Number | None = None
     transfer_base: Number = 5000.0 * US  # handshake of two pools' workers and first block of a KV transfer [E]
@@ -139,7 +143,7 @@ _SHARES = frozenset(
         *("gemm_split", "expert_memory", "expert_m_most"),
         *("core_prefill", "core_decode", "core_memory", "link_ll", "link_ll128", "link_simple", "link_multicast"),
         *("link_network", "link_one_shot", "link_dispatch", "link_low_dispatch", "link_low_combine", "dispatch_sms"),
-        *("imbalance", "utilisation", "partial_overlap", "reserved_output", "first_wave"),
+        *("imbalance", "utilisation", "partial_overlap", "reserved_output", "first_wave", "turns"),
     )
 )
 _FREE = tuple(f.name for f in fields(Coefficients) if f.name not in ("rounding", "prefill_priority"))

@@ -15,7 +15,7 @@ import pandas as pd
 from dse.batches import at_rows, in_blocks
 from dse.catalog import hardware
 from dse.catalog.align import align
-from dse.catalog.coefficients import LEVELS, CoefficientSet, version_key
+from dse.catalog.coefficients import LEVELS, CoefficientSet, deployment_key, version_key
 from dse.catalog.model_schema import ModelEntry
 from dse.catalog.models import model, to_architecture
 from dse.catalog.precision import resolve
@@ -52,7 +52,8 @@ class Case:
     @property
     def keys(self) -> dict[str, str]:
         """Level of a coefficient set -> this case's key."""
-        keys = (self.gpu.generation, self.gpu.name, self.engine, self.version, self.entry.name)
+        deployment = deployment_key(self.engine, self.version, self.entry.name, self.gpu.name)
+        keys = (self.gpu.generation, self.gpu.name, self.engine, self.version, self.entry.name, deployment)
         return dict(zip(LEVELS, keys, strict=True))
 
 
@@ -262,7 +263,7 @@ def _price(cases: Sequence[Case], coefficients: CoefficientSet, intervals: bool 
     priced = columns(whole, concurrency, np.array([case.plan["attention_dp"] for case in cases]))
     if intervals:
         priced |= interval_columns(priced, scenarios, [Known(c.entry.name, c.keys) for c in cases], coefficients)
-    known = [coefficients.known(*case.keys.values()) for case in cases]
+    known = [coefficients.known(**case.keys) for case in cases]
     return {**priced, "coefficients": np.array(known, dtype=object)}
 
 
@@ -272,7 +273,7 @@ def _price_split(cases: Sequence[SplitCase], coefficients: CoefficientSet) -> di
         splits = splits_of(cases, coefficients)
         priced = pools.split_columns(in_blocks(estimate_split, splits, block=BLOCK))
     known = [
-        " | ".join(dict.fromkeys(coefficients.known(*case.keys.values()) for case in (split.prefill, split.decode)))
+        " | ".join(dict.fromkeys(coefficients.known(**case.keys) for case in (split.prefill, split.decode)))
         for split in cases
     ]
     return {**priced, "coefficients": np.array(known, dtype=object)}
@@ -333,7 +334,7 @@ def scenarios_of(cases: Sequence[Case], coefficients: CoefficientSet) -> Scenari
         ),
         coefficients=gather(
             lambda c: tuple(c.keys.values()),
-            lambda some: stack([coefficients.of(*c.keys.values()) for c in some]),
+            lambda some: stack([coefficients.of(**c.keys) for c in some]),
         ),
     )
 

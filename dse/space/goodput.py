@@ -161,7 +161,7 @@ def _columns(cases: list[Case], e: Any, coefficients: CoefficientSet, asked: Ask
         "memory_gib": (e.memory.total - e.memory.kv) / GIB
         + np.minimum(found["open_running"] * e.memory.kv_request, np.maximum(held, 0.0) * e.memory.kv_request) / GIB,
     }
-    known = [coefficients.known(*case.keys.values()) for case in cases]
+    known = [coefficients.known(**case.keys) for case in cases]
     blank = held < 1.0
     return {
         **{name: np.where(blank, np.nan, np.asarray(column, float)) for name, column in values.items()},
