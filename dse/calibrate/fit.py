@@ -86,9 +86,8 @@ class _Problem:
         of the blocks meet.
         """
         asked = np.arange(self.layout.size) if some is None else some
-        place = np.full(self.layout.size, -1)
-        place[asked] = np.arange(len(asked))
-        place = place.reshape(-1, len(FREE))
+        place = np.full((self.layout.size // len(FREE), len(FREE)), -1)
+        place.ravel()[asked] = np.arange(len(asked))
         total = np.zeros((len(asked), len(asked)))
         for i, design in enumerate(self.designs):
             slopes, weight = self._slopes(i, theta), self.weights[i] / np.sqrt(1.0 + self.errors(i, theta) ** 2)
