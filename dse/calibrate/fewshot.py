@@ -21,7 +21,7 @@ Array = np.ndarray
 # What differs most between machines: how fast memory really is, the gaps between kernels, what a step waits for.
 # How far a new machine may differ from what is known, as shares of what was doubtful before any run: far more than the
 # machines of a joint fit, whose rows are many and whose models differ too.
-NEW_MACHINE = {"rate": 0.9, "launch": 0.3, "schedule": 0.3, "network": 0.5}
+NEW_MACHINE = {"rate": 0.9, "launch": 0.3, "schedule": 0.3, "network": 0.5, "admission": 0.7, "setting": 1.0}
 USUAL = ("memory", "kernel_decode", "step_overhead")
 
 

@@ -35,7 +35,7 @@ ONE_SIDED = {
     "dispatch_sms": 148.0,
     "link_dispatch": 0.80,
     "dispatch_base": 12e-6,
-    "dispatch_fill": 0.0,
+    "dispatch_fill": 1e-7,
     "combine_base": 2e-6,  # and 18 us for a token's way
 }
 ENGINE_DEFAULTS = {(generation, "trtllm"): ONE_SIDED for generation in ("blackwell", "blackwell-ultra")}
