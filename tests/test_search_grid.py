@@ -217,10 +217,11 @@ def test_a_small_sweep_compiled_quickly_equals_one_compiled_well(monkeypatch: py
     space = brute("dense").space
     assert space.legal <= grid.SMALL
     fast = sweep(space, Coefficients())
-    monkeypatch.setattr(grid, "SMALL", 0)
-    well = sweep(space, Coefficients())
-    assert fast.passed.tolist() == well.passed.tolist()
-    assert fast.front.members() == pytest.approx(well.front.members(), rel=MARGIN["ttft_ms"])
+    for limit in ("SMALL", "MIDDLE"):
+        monkeypatch.setattr(grid, limit, 0)
+        well = sweep(space, Coefficients())
+        assert fast.passed.tolist() == well.passed.tolist()
+        assert fast.front.members() == pytest.approx(well.front.members(), rel=MARGIN["ttft_ms"])
 
 
 def test_progress_ends_at_the_whole_space(small_tiles: Tiling) -> None:

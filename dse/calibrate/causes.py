@@ -14,6 +14,7 @@ from dse.calibrate.observations import log_ttft_tpot
 from dse.calibrate.parameters import FREE
 from dse.calibrate.sources import Source
 from dse.catalog.coefficients import CoefficientSet
+from dse.programs import program
 from dse.space.cases import Case, parse_cases, scenarios_of
 
 Array = np.ndarray
@@ -125,7 +126,7 @@ def _price(tried: Sequence[tuple[int, Cause, Row]], logs: Sequence[Array]) -> Ar
     return result
 
 
-_priced = jax.jit(jax.vmap(log_ttft_tpot))
+_priced = program(log_ttft_tpot, in_axes=0)
 
 
 def _moved(logs: Array, values: Mapping[str, float]) -> Array:

@@ -22,6 +22,7 @@ from dse.catalog.schema import GpuEntry
 from dse.cost.coefficients import Coefficients
 from dse.cost.types import replace, stack
 from dse.errors import InputError, unknown
+from dse.programs import program
 
 Array = np.ndarray
 SCALE = 0.10  # log residual that a good model leaves
@@ -107,7 +108,7 @@ def estimate_collectives(
     return table.assign(**columns, reason=calls.reasons)
 
 
-_priced = jax.jit(jax.vmap(log_seconds))
+_priced = program(log_seconds, in_axes=0)
 
 
 # ------------------------------------------------------------------------------------------- observations
@@ -191,9 +192,6 @@ def collective_source(rows: CollectiveRows, rest: CoefficientSet | None = None) 
     """The rows as a source of the joint fit; `rest` gives the coefficients that are not fitted (physics)."""
     fixed = (rest or CoefficientSet("physics")).of()
 
-    def one(logs: Any, x: Transfer | Exchange) -> Any:
-        return log_seconds(apply(logs, fixed), x)
-
     return Source(
         name=rows.kind,
         frame=rows.frame,
@@ -203,8 +201,12 @@ def collective_source(rows: CollectiveRows, rest: CoefficientSet | None = None) 
         scale=np.full(len(rows.metrics), SCALE),
         weight=row_weight(len(rows)),
         refused=rows.refused,
-        **compiled(one, rows.inputs),
+        **compiled(_log_seconds, rows.inputs, fixed),
     )
+
+
+def _log_seconds(logs: Any, x: Transfer | Exchange, fixed: Coefficients) -> Any:
+    return log_seconds(apply(logs, fixed), x)
 
 
 def _read(table: pd.DataFrame | str | Path, kind: str) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -155,7 +156,11 @@ def read_candidates(table: pd.DataFrame, known: CoefficientSet) -> Candidates:
 
 
 # As `sources.compiled`, but of scenarios that are arguments: one program serves every table of a size.
-_gradient = quick(jax.vmap(jax.jacfwd(log_ttft_tpot)))
+def _slope(logs: Any, scenario: Any) -> Any:
+    return jax.jacfwd(log_ttft_tpot)(logs, scenario)
+
+
+_gradient = quick(_slope, in_axes=0)
 
 
 def _slopes(cases: Sequence[Case], known: CoefficientSet) -> Array:

@@ -16,6 +16,7 @@ from dse.catalog.kernel_coefficients import KERNELS, KernelSet
 from dse.cost.attention_kernels import context_attention, context_mla, generation_attention, generation_mla
 from dse.cost.kernels import experts, gemm
 from dse.errors import InputError
+from dse.programs import program
 from dse.space.kernel_cases import COLUMNS, LABELS, KernelCases, read_cases
 from dse.units import MS
 
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Array = np.ndarray
+
+
+def _experts(c: Any, case: Any, device: Any, warm: Any) -> Any:
+    return experts(c, case, device)
+
+
 FORMULAS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "gemm": gemm,
@@ -30,7 +37,7 @@ FORMULAS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "generation_attention": generation_attention,
         "context_mla": context_mla,
         "generation_mla": generation_mla,
-        "moe": lambda c, case, device, warm: experts(c, case, device),
+        "moe": _experts,
     }
 )
 TOO_FAST = 0.5  # of the least time the hardware allows
@@ -128,7 +135,7 @@ def subset(cases: KernelCases, keep: Array) -> KernelCases:
 
 @cache
 def _timing(op: str) -> Callable[..., Any]:
-    return jax.jit(jax.vmap(FORMULAS[op], in_axes=(0, 0, 0, None)))
+    return program(FORMULAS[op], in_axes=(0, 0, 0, None))
 
 
 def times(op: str, coefficients: Any, cases: KernelCases, warm: float) -> Array:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -17,8 +17,9 @@ import numpy as np
 from dse.batches import at_rows
 from dse.calibrate.kernel_bounds import BOUNDS, SWITCHES
 from dse.calibrate.kernel_data import FORMULAS, KernelData
-from dse.calibrate.levenberg import Solver, solver
+from dse.calibrate.levenberg import solve
 from dse.catalog.kernel_coefficients import BASE, KERNELS, PARENTS, path_of
+from dse.programs import LARGE, program
 from dse.space.kernel_cases import KernelCases
 
 Array = np.ndarray
@@ -60,6 +61,8 @@ def levels(cases: KernelCases, rows: Array) -> list[Level]:
     return sorted(found, key=lambda level: level.depth)
 
 
+# `solve(rows, log_measured, weight, start, centre, stiffness) -> (x, loss)`
+Solver = Callable[..., tuple[Array, float]]
 Tables = dict[str, dict[str, dict[str, float]]]  # precision -> level -> coefficients, complete at each level
 
 
@@ -187,11 +190,22 @@ class Fitter:
 
 @cache
 def _solver(op: str) -> Solver:
-    def log_time(values: dict[str, Any], row: Any) -> Any:
-        switch, case, device = row
-        return jnp.log(FORMULAS[op](KERNELS[op](**values, **switch), case, device, 1.0))
+    compiled = program(_solve, op, options=LARGE)
 
-    return solver(log_time, BOUNDS[op])
+    def run(*arguments: Any) -> tuple[Array, float]:
+        x, best = compiled(*arguments)
+        return np.asarray(x), float(best)
+
+    return run
+
+
+def _solve(op: str, *arguments: Any) -> tuple[Any, Any]:
+    return solve(partial(_log_time, op), BOUNDS[op], *arguments)
+
+
+def _log_time(op: str, values: dict[str, Any], row: Any) -> Any:
+    switch, case, device = row
+    return jnp.log(FORMULAS[op](KERNELS[op](**values, **switch), case, device, 1.0))
 
 
 def _spread(run: Callable[[Any], Any], jobs: list[Any]) -> list[Any]:

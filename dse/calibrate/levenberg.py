@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dse.programs import LARGE
-
 Array = np.ndarray
 SCALE = 0.05  # log residual from which a row counts linearly
 MOST_STEPS = 120
@@ -61,53 +59,50 @@ def _logs(values: Array, log: Array) -> Array:
     return np.where(log, np.log(np.where(log, values, 1.0)), values)
 
 
-Solver = Callable[..., tuple[Array, float]]
+def solve(
+    log_time: Callable[[dict[str, Any], Any], Any],
+    bounds: Bounds,
+    rows: Any,
+    measured: Any,
+    weight: Any,
+    start: Any,
+    centre: Any,
+    stiffness: Any,
+) -> tuple[Any, Any]:
+    """(x, loss) of a formula of one row. To be compiled: equal shapes share a program, so pad rows with weight 0.
 
-
-def solver(log_time: Callable[[dict[str, Any], Any], Any], bounds: Bounds) -> Solver:
-    """`solve(rows, log_measured, weight, start, centre, stiffness) -> (x, loss)` for a formula of one row.
-
-    `log_time(values, row)` -> log seconds, `values` scalars by name; `rows` a pytree of arrays (n, ...). Equal shapes
-    share one compilation, so pad rows with weight 0.
+    `log_time(values, row)` -> log seconds, `values` scalars by name; `rows` a pytree of arrays (n, ...), `measured` log
+    seconds (n,).
     """
 
-    def solve(rows: Any, measured: Any, weight: Any, start: Any, centre: Any, stiffness: Any) -> Any:
-        def residuals(x: Any) -> Any:
-            values = bounds.values(x)
-            return (jax.vmap(lambda row: log_time(values, row))(rows) - measured) / SCALE
+    def residuals(x: Any) -> Any:
+        values = bounds.values(x)
+        return (jax.vmap(lambda row: log_time(values, row))(rows) - measured) / SCALE
 
-        def loss(r: Any, x: Any) -> Any:
-            return jnp.sum(weight * 2.0 * (jnp.sqrt(1.0 + r * r) - 1.0)) + stiffness * jnp.sum((x - centre) ** 2)
+    def loss(r: Any, x: Any) -> Any:
+        return jnp.sum(weight * 2.0 * (jnp.sqrt(1.0 + r * r) - 1.0)) + stiffness * jnp.sum((x - centre) ** 2)
 
-        def step(state: Any) -> Any:
-            x, damping, best, small, count = state
-            r, slope = residuals(x), jax.jacfwd(residuals)(x)
-            robust = weight / jnp.sqrt(1.0 + r * r)
-            curvature = (slope * robust[:, None]).T @ slope + stiffness * jnp.eye(len(x))
-            gradient = slope.T @ (robust * r) + stiffness * (x - centre)
-            damped = curvature + jnp.diag(damping * jnp.diag(curvature) + 1e-9)
-            trial = x - jnp.clip(jnp.linalg.solve(damped, gradient), -2.0, 2.0)
-            now = loss(residuals(trial), trial)
-            better = jnp.isfinite(now) & (now < best)
-            small = jnp.where(better, jnp.where(best - now < ENOUGH * best, small + 1, 0), small)
-            damping = jnp.clip(jnp.where(better, damping * 0.3, damping * 4.0), 1e-7, 1e9)
-            return jnp.where(better, trial, x), damping, jnp.where(better, now, best), small, count + 1
+    def step(state: Any) -> Any:
+        x, damping, best, small, count = state
+        r, slope = residuals(x), jax.jacfwd(residuals)(x)
+        robust = weight / jnp.sqrt(1.0 + r * r)
+        curvature = (slope * robust[:, None]).T @ slope + stiffness * jnp.eye(len(x))
+        gradient = slope.T @ (robust * r) + stiffness * (x - centre)
+        damped = curvature + jnp.diag(damping * jnp.diag(curvature) + 1e-9)
+        trial = x - jnp.clip(jnp.linalg.solve(damped, gradient), -2.0, 2.0)
+        now = loss(residuals(trial), trial)
+        better = jnp.isfinite(now) & (now < best)
+        small = jnp.where(better, jnp.where(best - now < ENOUGH * best, small + 1, 0), small)
+        damping = jnp.clip(jnp.where(better, damping * 0.3, damping * 4.0), 1e-7, 1e9)
+        return jnp.where(better, trial, x), damping, jnp.where(better, now, best), small, count + 1
 
-        def going(state: Any) -> Any:
-            _, damping, _, small, count = state
-            return (count < MOST_STEPS) & (small < OFTEN) & (damping < 1e8)
+    def going(state: Any) -> Any:
+        _, damping, _, small, count = state
+        return (count < MOST_STEPS) & (small < OFTEN) & (damping < 1e8)
 
-        first = (start, jnp.asarray(1e-2), loss(residuals(start), start), 0, 0)
-        x, _, best, _, _ = jax.lax.while_loop(going, step, first)
-        return x, best
-
-    compiled = jax.jit(solve, compiler_options=LARGE)
-
-    def run(*arguments: Any) -> tuple[Array, float]:
-        x, best = compiled(*arguments)
-        return np.asarray(x), float(best)
-
-    return run
+    first = (start, jnp.asarray(1e-2), loss(residuals(start), start), 0, 0)
+    x, _, best, _, _ = jax.lax.while_loop(going, step, first)
+    return x, best
 
 
-__all__ = ["Bounds", "Solver", "solver"]
+__all__ = ["Bounds", "solve"]

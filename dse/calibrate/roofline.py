@@ -7,7 +7,7 @@ non-negative least squares with the same ridge; their health checks follow (publ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from dse.calibrate.fit import folds
 from dse.calibrate.observations import SERIES
 from dse.calibrate.roofline_rows import COUNT, NAMES, Observed, serving_rows, step_rows
 from dse.calibrate.sources import Refusal, series
+from dse.programs import program
 from dse.published import corrected_roofline as cr
 from dse.units import US
 
@@ -136,8 +137,11 @@ def _scaled(theta: Any, amounts: Any, measured: Any, scale: Any, centre: Any) ->
     return jnp.concatenate([error.ravel(), (theta - centre) / RIDGE])
 
 
-_residuals: Callable[..., Any] = jax.jit(_scaled)
-_jacobian: Callable[..., Any] = jax.jit(jax.jacfwd(_scaled))
+def _slopes(*args: Any) -> Any:
+    return jax.jacfwd(_scaled)(*args)
+
+
+_residuals, _jacobian = program(_scaled), program(_slopes)
 
 
 def predicted(data: Observed, theta: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
@@ -15,7 +16,7 @@ from dse.calibrate.collectives import KINDS, collective_source, read_collectives
 from dse.calibrate.fit import Fitted, HeldOut, cross_validate, fit, folds, predictions
 from dse.calibrate.kernel_priors import kernel_priors
 from dse.calibrate.observations import SERIES, read_serving
-from dse.calibrate.parameters import Layout
+from dse.calibrate.parameters import FREE, Layout
 from dse.calibrate.read import Tables
 from dse.calibrate.sources import Refusal, Source, series
 from dse.calibrate.steps import read_steps
@@ -24,6 +25,7 @@ from dse.catalog.coefficients import CoefficientSet
 from dse.errors import InputError
 
 Array = np.ndarray
+WORKERS = 2  # threads that compile beside the fits of kernels, which have two
 Priors = Mapping[str, tuple[float, float]]  # coefficient -> (log centre, spread)
 # Who is left out: a series (five folds), each model, each GPU; of engine steps random fifths, each experiment.
 SPLITS = (("unseen series", SERIES, 5), ("a model left out", ("model",), 0), ("a GPU left out", ("gpu",), 0))
@@ -65,9 +67,19 @@ def sources_of(tables: Tables | pd.DataFrame, rest: CoefficientSet | None = None
     return tuple(found)
 
 
-def _priors(tables: Tables | pd.DataFrame, seed: int, given: Priors | None) -> Priors:
-    """What tables of single kernels say of shared coefficients, and over it what is given."""
-    known = {} if isinstance(tables, pd.DataFrame) else kernel_priors(tables.kernels, seed)
+def _priors(
+    sources: Sequence[Source], tables: Tables | pd.DataFrame, seed: int, given: Priors | None
+) -> dict[str, tuple[float, float]]:
+    """What tables of single kernels say of shared coefficients, and over it what is given.
+
+    Beside those fits the sources' own programs compile: each prices its rows once, for the program's sake.
+    """
+    with ThreadPoolExecutor(WORKERS) as beside:
+        for s in sources:
+            logs = np.zeros((len(s), len(FREE)))
+            beside.submit(s.slopes, logs)
+            beside.submit(s.log_seconds, logs)
+        known = {} if isinstance(tables, pd.DataFrame) else kernel_priors(tables.kernels, seed)
     return {**known, **(given or {})}
 
 
@@ -97,7 +109,7 @@ def calibrate(
     The same tables and seed give the same set.
     """
     sources = sources_of(tables)
-    layout = Layout.of([s.labels for s in sources], _priors(tables, seed, priors))
+    layout = Layout.of([s.labels for s in sources], _priors(sources, tables, seed, priors))
     fitted = fit(sources, layout, restarts=restarts, seed=seed)
     about: dict[str, Any] = {
         "date": date.today().isoformat(),
@@ -152,7 +164,7 @@ class Accuracy:
 def accuracy(tables: Tables | pd.DataFrame, seed: int = 0, priors: Priors | None = None) -> Accuracy:
     """Cross-validate the joint fit: rows of one series (or model, or GPU, or experiment) are never on both sides."""
     sources = sources_of(tables)
-    layout = Layout.of([s.labels for s in sources], _priors(tables, seed, priors))
+    layout = Layout.of([s.labels for s in sources], _priors(sources, tables, seed, priors))
     lines, rows = [], {}
     for which, source in enumerate(sources):
         for split, columns, count in {"serving": SPLITS, "steps": STEP_SPLITS}.get(source.name, ()):

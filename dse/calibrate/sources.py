@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from dse.programs import LARGE
+from dse.programs import LARGE, program
 
 Array = np.ndarray
 # Rows of a source count as at most this many: 899 serving rows are what people ask about, and thousands of single
@@ -73,17 +73,25 @@ class Compiled(TypedDict):
     gradient: Callable[[Any], Any]
 
 
-def compiled(one: Callable[[Any, Any], Any], inputs: Any) -> Compiled:
+def compiled(one: Callable[..., Any], inputs: Any, *shared: Any) -> Compiled:
     """`predict` and `gradient` of a source: `one` prices a row, (log coefficients (F,), a row of `inputs`) -> (k,).
+
+    `shared`: further arguments of `one`, the same for all rows.
 
     A row has a few dozen coefficients however many levels there are, so its gradient is taken by those; `fit` spreads
     it over the levels.
     """
     with jax.enable_x64(True):
         rows = jax.tree.map(jnp.asarray, inputs)
-    batched = jax.jit(jax.vmap(one))
-    slopes = jax.jit(jax.vmap(jax.jacfwd(one)), compiler_options=LARGE)
-    return {"predict": lambda logs: batched(logs, rows), "gradient": lambda logs: slopes(logs, rows)}
+    axes = (0, 0, *(None for _ in shared))
+    batched = program(one, in_axes=axes)
+    slopes = program(_slopes, one, in_axes=axes, options=LARGE)
+    return {"predict": lambda logs: batched(logs, rows, *shared), "gradient": lambda logs: slopes(logs, rows, *shared)}
+
+
+def _slopes(one: Callable[..., Any], *args: Any) -> Any:
+    """By the first argument, the logs."""
+    return jax.jacfwd(one)(*args)
 
 
 def row_weight(rows: int, most: float = MOST_ROWS) -> float:

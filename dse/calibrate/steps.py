@@ -17,6 +17,7 @@ from dse.calibrate.sources import Refusal, Source, compiled, row_weight
 from dse.catalog.coefficients import CoefficientSet
 from dse.cost.coefficients import Coefficients
 from dse.errors import InputError
+from dse.programs import program
 from dse.space.steps import EngineStep, StepCase, parse_steps, step_seconds, steps_of
 from dse.units import US
 
@@ -92,7 +93,7 @@ def _floors(parsed: Sequence[StepCase | str]) -> np.ndarray:
     return result
 
 
-_seconds = jax.jit(jax.vmap(step_seconds))
+_seconds = program(step_seconds, in_axes=0)
 
 
 def _numbers(table: pd.DataFrame, name: str) -> np.ndarray:

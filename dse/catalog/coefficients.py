@@ -150,7 +150,7 @@ def _text(path: Path) -> str:
 def read(name: str, where: str, text: str) -> CoefficientSet:
     """Parse a set: `base` and `factors` by level, or plain `name: value` lines. One InputError names all problems."""
     try:
-        data: Any = yaml.safe_load(text)
+        data: Any = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise InputError(f"{where}: cannot be read as YAML ({_first_line(error)}); write `name: value` lines") from None
     if not isinstance(data, dict) or not data:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dse.cost import collectives as coll
@@ -25,6 +24,7 @@ from dse.cost.shard import shard
 from dse.cost.step import Batch, Segment, Step, step
 from dse.cost.types import Architecture, Number, pytree
 from dse.numerics import safe_divide
+from dse.programs import program
 from dse.units import HOUR
 
 
@@ -175,7 +175,7 @@ def _held(x: Scenario, part: Architecture, requests: Number) -> Memory:
 
 @lru_cache(maxsize=1)
 def _batched() -> Any:
-    return jax.jit(jax.vmap(estimate_attention_ffn_one))
+    return program(estimate_attention_ffn_one, in_axes=0)
 
 
 def estimate_attention_ffn(batch: AttentionFfn) -> AttentionFfnEstimate:

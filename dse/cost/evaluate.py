@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dse.cost.coefficients import Coefficients
@@ -115,7 +114,7 @@ def estimate_open(x: Scenario, sharded: Any, demand: Demand, best: bool = True) 
 
 @lru_cache(maxsize=1)
 def _batched() -> Any:
-    return by_size(jax.vmap(estimate_one))
+    return by_size(estimate_one)
 
 
 def estimate(scenarios: Scenario) -> Estimate:

@@ -366,7 +366,7 @@ def _root(f: Callable[[Number], Number]) -> Number:
 
 @lru_cache(maxsize=1)
 def _batched() -> Any:
-    return by_size(jax.vmap(estimate_split_one))
+    return by_size(estimate_split_one)
 
 
 def estimate_split(splits: Split) -> SplitEstimate:

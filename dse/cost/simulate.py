@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from dse.cost.evaluate import Scenario
 from dse.cost.memory import kv_bytes, memory
 from dse.cost.shard import shard_scenario
 from dse.cost.types import Load, Number, pytree, replace
+from dse.programs import Program, program
 
 Array = np.ndarray
 PIECE = 4096  # iterations a call
@@ -135,15 +136,13 @@ def _engine(x: Scenario, q: Queue, policy: Number, seats: Number, clients: Numbe
     )
 
 
-@partial(jax.jit, static_argnames="shared")
-def _engines(x: Scenario, q: Queue, policy: Array, seats: Array, clients: Array, shared: bool) -> tuple[Engine, Number]:
+def _engines(shared: bool, x: Scenario, q: Queue, policy: Array, seats: Array, clients: Array) -> tuple[Engine, Number]:
     """Engines of a batch, and the KV bytes of the largest request of each."""
     made = jax.vmap(_engine, in_axes=(0, None if shared else 0, 0, 0, 0))(x, q, policy, seats, clients)
     return made, jnp.max(made.kv, axis=(1, 2))
 
 
-@partial(jax.jit, static_argnames="shared")
-def _piece(engines: Engine, q: Queue, state: State, shared: bool) -> tuple[State, Record, Number]:
+def _piece(shared: bool, engines: Engine, q: Queue, state: State) -> tuple[State, Record, Number]:
     """Up to PIECE iterations of a batch of plans, and how many were run."""
     together = jax.vmap(advance, in_axes=(0, None if shared else 0, 0))
     shapes = jax.eval_shape(lambda: together(engines, q, state)[1])
@@ -164,6 +163,11 @@ def _piece(engines: Engine, q: Queue, state: State, shared: bool) -> tuple[State
 
     count, state, log = jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state, empty))
     return state, log, count
+
+
+@cache
+def _compiled(kernel: Callable[..., Any], shared: bool) -> Program:
+    return program(kernel, shared)
 
 
 def _kept(dtype: Any) -> Any:
@@ -188,7 +192,7 @@ class _Block:
             state = self.start()
             count = PIECE
             while count == PIECE:
-                state, log, done = _piece(self.engines, self.queue, state, self.shared)
+                state, log, done = _compiled(_piece, self.shared)(self.engines, self.queue, state)
                 count = int(done)
                 logs.append(jax.tree.map(lambda x, n=count: np.asarray(x[:n]), log))
                 progress(int(np.asarray(state.finished)[: len(self.rows)].sum()))
@@ -203,7 +207,7 @@ class _Block:
         with jax.enable_x64(True):
             state = self.start()
             nothing = replace(state, finished=jnp.broadcast_to(self.queue.count, state.finished.shape))
-            jax.block_until_ready(_piece(self.engines, self.queue, nothing, self.shared)[2])
+            jax.block_until_ready(_compiled(_piece, self.shared)(self.engines, self.queue, nothing)[2])
 
     def plan(self, log: Record, place: int) -> tuple[Record, Queue]:
         """One plan's records, up to its last finish, and its queue."""
@@ -331,7 +335,7 @@ def simulate(
         queue = deal(part, int(k))
         some = jax.tree.map(lambda x, i=mine: np.asarray(x)[i], scenarios)
         with jax.enable_x64(True):
-            made = _engines(some, queue, *(x[mine] for x in of_plan), shared=shared)
+            made = _compiled(_engines, shared)(some, queue, *(x[mine] for x in of_plan))
         engines, largest = jax.tree.map(np.asarray, made)
         capacity[mine] = engines.capacity
         fits[mine] = (largest <= engines.capacity) & (engines.capacity > 0)

@@ -14,7 +14,7 @@ decode tp1, 1.56 requests/s/GPU) needs long prompts: lognormal means of 600-900 
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache
 from itertools import product
 
 import jax
@@ -24,6 +24,7 @@ import numpy as np
 from dse.cost.types import Number, pytree
 from dse.errors import InputError
 from dse.numerics import last_good
+from dse.programs import Program, program
 from dse.published.distserve import OPT_13B, TPS, Fit, Profile, decode_fit, prefill_stage, steady_decode
 
 HEADS = LAYERS = 40  # OPT-13B
@@ -186,8 +187,7 @@ class Goodput:
     tokens_decode: Number  # KV tokens of the decode instance
 
 
-@partial(jax.jit, static_argnames=("stages", "halvings"))
-def _search(x: Placement, trace: Trace, target: Target, top: Number, stages: int, halvings: int) -> Goodput:
+def _search(stages: int, halvings: int, x: Placement, trace: Trace, target: Target, top: Number) -> Goodput:
     ok = jax.vmap(lambda p, r: meets(p, r, trace, target, stages, OPT_13B))
     per_gpu = last_good(lambda middle: ok(x, middle * x.gpus), 0.0 * x.gpus, 0.0 * x.gpus + top, halvings)
     return Goodput(
@@ -202,7 +202,13 @@ def goodput(x: Placement, trace: Trace, target: Target, top: float = 16.0, toler
     """The largest rate a GPU in [0, top] that meets the target, of each placement, to `tolerance`."""
     stages = int(np.max(np.asarray(x.pp_across) * np.asarray(x.pp_prefill)))
     halvings = max(1, int(np.ceil(np.log2(top / tolerance))))
-    return _search(x, trace, target, top, stages=stages, halvings=halvings)
+    result: Goodput = _compiled(stages, halvings)(x, trace, target, top)
+    return result
+
+
+@cache
+def _compiled(stages: int, halvings: int) -> Program:
+    return program(_search, stages, halvings)
 
 
 def best(x: Placement, found: Goodput) -> int:

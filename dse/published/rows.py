@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import jax
+from dse.programs import program
 
 
 @lru_cache(maxsize=64)
 def over_rows(one: Callable[..., Any]) -> Callable[..., Any]:
     """`one` of single cases -> the same of batches: every leaf of every argument has one leading axis of length N."""
-    return jax.jit(jax.vmap(one))
+    return program(one, in_axes=0)
 
 
 __all__ = ["over_rows"]

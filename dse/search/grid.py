@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from dse.cost.coefficients import Coefficients
+from dse.programs import Effort
 from dse.search.kernel import Goals, Points, Questions, compiled_tile, goals, tables
 from dse.search.metrics import margins
 from dse.search.pareto import RunningFront
@@ -18,7 +19,9 @@ from dse.space.compile import CompiledSpace
 TILE = 65_536  # points a call: a few MiB of intermediates, whatever the space's size
 WIDEST = 1_024  # operating points of a tile
 OPEN_TILE = 4_096  # points a call under open load, which prices a plan at every node of its lengths
-SMALL, OPEN_SMALL = 4 * TILE, 2 * OPEN_TILE  # points that are priced before an optimised program would be compiled
+# Points that are priced before a better program would be compiled: see `_effort`.
+SMALL, OPEN_SMALL = 4 * TILE, 2 * OPEN_TILE
+MIDDLE, OPEN_MIDDLE = 16 * SMALL, 16 * OPEN_SMALL
 
 Progress = Callable[[int, int], None]  # points done, points in all
 
@@ -134,7 +137,7 @@ def sweep(
     front = RunningFront(margin=np.array(margins(space.objectives)), best=best)
     swept = Swept(front=front, passed=np.zeros(1 + len(space.constraints), np.int64))
     state = _State(space, tiling, swept)
-    kernel = compiled_tile(Questions.of(space), tiling.designs, tiling.points, _small(space, tiling))
+    kernel = compiled_tile(Questions.of(space), tiling.designs, tiling.points, _effort(space, tiling))
     table = jax.device_put(tables(space, coefficients, np.float32))
     total = sum(tiling.size(tile) for tile in tiles) if len(tiles) != len(tiling) else space.legal
     started = time.perf_counter()
@@ -152,8 +155,11 @@ def sweep(
     return swept
 
 
-def _small(space: CompiledSpace, tiling: Tiling) -> bool:
-    return tiling.rows * tiling.columns <= (SMALL if space.workloads.demand is None else OPEN_SMALL)
+def _effort(space: CompiledSpace, tiling: Tiling) -> Effort:
+    """How well to compile: a tile of 16 ms takes 9 s, in 24 ms it takes 4 s, in 110 ms 2.5 s."""
+    small, middle = (SMALL, MIDDLE) if space.workloads.demand is None else (OPEN_SMALL, OPEN_MIDDLE)
+    points = tiling.rows * tiling.columns
+    return "quick" if points <= small else "fair" if points <= middle else "full"
 
 
 def _in_flight(

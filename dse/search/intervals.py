@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import pandas as pd
 from dse.catalog.coefficients import LEVELS, CoefficientSet
 from dse.catalog.uncertainty import METRICS
 from dse.cost.coefficients import Coefficients
+from dse.programs import program
 from dse.search.kernel import Tables, rows_of, scenarios, tables
 from dse.space.compile import CompiledSpace
 from dse.space.intervals import COLUMNS, Known, half_widths
@@ -35,7 +35,7 @@ def with_intervals(
     kinds = len(space.workloads)
     triples = rows.repeat(kinds), points.repeat(kinds), np.tile(np.arange(kinds), len(rows))
     with jax.enable_x64(True):
-        batch = jax.tree.map(np.asarray, _gathered()(tables(space, c, np.float64), *triples))
+        batch = jax.tree.map(np.asarray, _gathered(tables(space, c, np.float64), *triples))
     known = []
     for row in rows:
         machine = space.machines[space.designs.machine[row]]
@@ -51,17 +51,15 @@ def with_intervals(
     return frame.assign(**ends)
 
 
-@lru_cache(maxsize=1)
-def _gathered() -> Any:
+def _gather(t: Tables, rows: Array, points: Array, kinds: Array) -> Any:
     """Scenarios of (design, operating point, workload) triples: leaves (n,)."""
+    load = rows_of(t.loads, points)
+    hit = load.prefix_hit if t.prefix_hit is None else t.prefix_hit[kinds]
+    load = replace(load, isl=t.isl[kinds], osl=t.osl[kinds], prefix_hit=hit)
+    return replace(scenarios(t, rows), load=load)
 
-    def gather(t: Tables, rows: Array, points: Array, kinds: Array) -> Any:
-        load = rows_of(t.loads, points)
-        hit = load.prefix_hit if t.prefix_hit is None else t.prefix_hit[kinds]
-        load = replace(load, isl=t.isl[kinds], osl=t.osl[kinds], prefix_hit=hit)
-        return replace(scenarios(t, rows), load=load)
 
-    return jax.jit(gather)
+_gathered = program(_gather)
 
 
 __all__ = ["with_intervals"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, cast
 
 import jax
@@ -21,7 +21,7 @@ from dse.cost.evaluate import Estimate, Scenario, estimate_open, estimate_sharde
 from dse.cost.goodput import Demand
 from dse.cost.shard import Sharded, shard_scenario
 from dse.cost.types import Architecture, Device, Draft, Load, Number, Plan, Precision, Topology, pytree
-from dse.programs import quick
+from dse.programs import EFFORTS, Effort, program, quick
 from dse.search.metrics import MARGIN, VALUE, WORST, margins, relative_excess, signed
 from dse.search.pareto import spread, staircase
 from dse.space.compile import CompiledSpace
@@ -324,12 +324,11 @@ def point_kernel(asked: Questions, t: Tables, rows: Number, columns: Number, bou
 
 
 @lru_cache(maxsize=32)
-def compiled_tile(asked: Questions, designs: int, points: int, small: bool = False) -> Callable[..., Points]:
+def compiled_tile(asked: Questions, designs: int, points: int, effort: Effort = "full") -> Callable[..., Points]:
     """The kernel of a sweep. A small one is over before an optimised program would be compiled."""
-    kernel = partial(tile_kernel, asked, designs, points)
-    return quick(kernel) if small else jax.jit(kernel)
+    return program(tile_kernel, asked, designs, points, options=EFFORTS[effort])
 
 
 @lru_cache(maxsize=32)
 def compiled_points(asked: Questions) -> Callable[..., Any]:
-    return quick(partial(point_kernel, asked))
+    return quick(point_kernel, asked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, cast
 
 import jax
@@ -14,6 +14,7 @@ from dse.cost.pool_queue import in_flight
 from dse.cost.pools import Delivered, delivered, journey
 from dse.cost.types import Load, Number, pytree
 from dse.errors import InputError
+from dse.programs import program
 from dse.search.kernel import Goals, Points, Questions, rows_of, sift
 from dse.search.metrics import VALUE, relative_excess, signed
 from dse.search.pool_workers import DecodeWorkers, PrefillWorkers
@@ -108,7 +109,7 @@ def pair_kernel(asked: Questions, p: PrefillWorkers, d: DecodeWorkers, job: Job,
 
 @lru_cache(maxsize=32)
 def compiled_pairs(asked: Questions) -> Callable[..., Points]:
-    return jax.jit(partial(pair_kernel, asked))
+    return program(pair_kernel, asked)
 
 
 __all__ = ["COLUMNS", "METRICS", "ROWS", "Job", "Paired", "compiled_pairs", "meet", "questions", "value_of"]

@@ -25,6 +25,7 @@ from dse.cost.pipeline_open import Aggregated
 from dse.cost.pipeline_tails import Cumulants, of_some, of_wait, together
 from dse.cost.pools import link
 from dse.cost.types import replace
+from dse.programs import program
 from dse.search.pipeline_open import aggregated_at
 from dse.search.pipeline_stages import Priced
 from dse.search.pipeline_tails import cumulants
@@ -65,11 +66,11 @@ def _load_kernel(rate: Any, stages: tuple[Batched, ...], replicas: Any) -> tuple
 
 
 def _pool_kernel(
+    shares: tuple[float, ...],
+    skewness: tuple[float, ...],
     rate: Any,
     load: Load,
     stages: tuple[Batched | Continuous | Part, ...],
-    shares: tuple[float, ...],
-    skewness: tuple[float, ...],
     replicas: Any,
 ) -> dict[str, Any]:
     """What a pool adds to a request; of an aggregated language model its part is known.
@@ -105,8 +106,8 @@ def _pool_kernel(
 
 
 @cache
-def _compiled(kernel: Any, static: tuple[int, ...] | None = None) -> Any:
-    return jax.jit(kernel, static_argnums=static)
+def _compiled(kernel: Any, *static: Any) -> Any:
+    return program(kernel, *static)
 
 
 def pools_at(p: CompiledPipeline, c: Coefficients, priced: dict[str, Priced]) -> list[Pool]:
@@ -174,9 +175,9 @@ def _at_rates(
                 "utilisation": beside + (1.0 - beside) * each / found.capacity,
                 "stable": found.stable & np.asarray(load.stable),
             } | (dict.fromkeys(OF_TPOT, np.zeros(shape)) if s.writes else {})
-    shares = tuple(p.kinds[s.name].share for s in stages)
-    skewness = tuple(x.skewness for x in p.commons)
-    at = _compiled(_pool_kernel, (3, 4))(rates, load, tuple(times), shares, skewness, copies)
+    shares = tuple(float(p.kinds[s.name].share) for s in stages)
+    skewness = tuple(float(x.skewness) for x in p.commons)
+    at = _compiled(_pool_kernel, shares, skewness)(rates, load, tuple(times), copies)
     return {k: np.broadcast_to(np.asarray(v), shape) for k, v in {**at, **known}.items()}
 
 

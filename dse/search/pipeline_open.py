@@ -11,7 +11,7 @@ import numpy as np
 from dse.batches import at_rows, in_blocks
 from dse.cost.evaluate import Scenario
 from dse.cost.pipeline_open import Aggregated, aggregated
-from dse.programs import LARGE
+from dse.programs import LARGE, program
 from dse.space.pipeline import StageSpec
 from dse.space.pipeline_calls import call_lengths
 from dse.space.pipeline_compile import CompiledPipeline
@@ -23,7 +23,7 @@ IDLE = 1e-6  # of a design's capacity, found first, at a rate that any serves
 
 @cache
 def compiled() -> Any:
-    return jax.jit(jax.vmap(aggregated, (0, None, None, 0)), compiler_options=LARGE)
+    return program(aggregated, in_axes=(0, None, None, 0), options=LARGE)
 
 
 def _rows(x: Scenario, nodes: Any, first: Array | None, design: Array, rate: Array) -> Aggregated:

@@ -20,6 +20,7 @@ from dse.cost.memory import kv_bytes, memory
 from dse.cost.microbatch import slowdown
 from dse.cost.pipeline import Batched, Continuous, Job, batched, decode_time, job_times, scan_time
 from dse.cost.types import Load, Plan, replace
+from dse.programs import program
 from dse.space.pipeline import DELAYS, LARGE_MODELS, StageSpec
 from dse.space.pipeline_calls import Kinds, answer, contexts
 from dse.space.pipeline_compile import CompiledPipeline, Design
@@ -48,7 +49,7 @@ class Priced:
 
 @cache
 def _compiled(function: Any) -> Any:
-    return jax.jit(jax.vmap(function))
+    return program(function, in_axes=0)
 
 
 def _each(function: Any, *trees: Any) -> Any:

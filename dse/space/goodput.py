@@ -21,6 +21,7 @@ from dse.cost.queueing import crossover
 from dse.cost.shard import shard_scenario
 from dse.cost.types import stack
 from dse.errors import InputError
+from dse.programs import program
 from dse.space.cases import Case, parse_cases, scenarios_of
 from dse.space.columns import open_columns
 from dse.space.traces import Trace
@@ -124,7 +125,12 @@ def _one(x: Scenario, demand: Demand) -> Any:
 
 @lru_cache(maxsize=1)
 def _batched() -> Any:
-    return jax.jit(jax.vmap(_one))
+    return program(_one, in_axes=0)
+
+
+def _crossings(x: Scenario, gpus: Any) -> IntraOp:
+    """Every scenario with every number of GPUs."""
+    return jax.vmap(jax.vmap(against_stages, (None, 0)), (0, None))(x, gpus)
 
 
 def _price(cases: list[Case], coefficients: CoefficientSet, asked: Asked) -> dict[str, Array]:
@@ -196,8 +202,7 @@ def crossings(
         raise InputError("cases: no row can be priced; see `reason` in the table")
     with jax.enable_x64(True):
         scenarios = scenarios_of(list(first.values()), coefficients)
-        each = jax.vmap(jax.vmap(against_stages, (None, 0)), (0, None))
-        found: IntraOp = jax.tree.map(np.asarray, jax.jit(each)(scenarios, np.array(gpus, float)))
+        found: IntraOp = jax.tree.map(np.asarray, program(_crossings)(scenarios, np.array(gpus, float)))
     return tuple(
         Crossing(
             name=name,

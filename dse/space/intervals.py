@@ -87,17 +87,18 @@ def log_slopes(scenarios: Scenario, names: tuple[str, ...]) -> Array:
 
 @lru_cache(maxsize=4)
 def _slopes(names: tuple[str, ...]) -> Any:
-    def one(scenario: Scenario) -> Any:
-        def logs(change: Any) -> Any:
-            c = scenario.coefficients
-            scaled = {name: getattr(c, name) * jnp.exp(change[i]) for i, name in enumerate(names)}
-            e = estimate_one(replace(scenario, coefficients=replace(c, **scaled)))
-            return jnp.log(jnp.stack([e.ttft, e.tpot, e.output_rate]))
-
-        return jax.jacfwd(logs)(jnp.zeros(len(names)))
-
     # XLA's fusion emitters take minutes over a Jacobian of this size; compiled quickly it is seconds.
-    return quick(jax.vmap(one))
+    return quick(_slopes_one, names, in_axes=0)
+
+
+def _slopes_one(names: tuple[str, ...], scenario: Scenario) -> Any:
+    def logs(change: Any) -> Any:
+        c = scenario.coefficients
+        scaled = {name: getattr(c, name) * jnp.exp(change[i]) for i, name in enumerate(names)}
+        e = estimate_one(replace(scenario, coefficients=replace(c, **scaled)))
+        return jnp.log(jnp.stack([e.ttft, e.tpot, e.output_rate]))
+
+    return jax.jacfwd(logs)(jnp.zeros(len(names)))
 
 
 __all__ = ["COLUMNS", "SHARE", "Known", "half_widths", "interval_columns", "log_slopes", "uncertainty_of"]

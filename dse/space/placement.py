@@ -20,6 +20,7 @@ from dse.cost.goodput import Slo
 from dse.cost.placing import Pair, Placed, place
 from dse.cost.traffic import KINDS
 from dse.errors import InputError
+from dse.programs import program
 from dse.space.cases import Case, parse_cases, scenarios_of
 from dse.space.facts import facts
 from dse.units import GB, MS
@@ -170,8 +171,11 @@ def _cases(asked: PlacementAsked, table: pd.DataFrame, pool: str) -> list[Case]:
 
 @lru_cache(maxsize=2)
 def _batched(jointly: bool) -> Any:
-    one = jax.vmap(lambda x, lengths, slo, top: place(x, lengths, slo, top, jointly), (0, None, None, None))
-    return jax.jit(one)
+    return program(_one, jointly, in_axes=(0, None, None, None))
+
+
+def _one(jointly: bool, x: Pair, lengths: Any, slo: Slo, top: Any) -> Placed:
+    return place(x, lengths, slo, top, jointly)
 
 
 def _columns(found: Placed) -> dict[str, Any]:

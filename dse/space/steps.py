@@ -17,6 +17,7 @@ from dse.cost.shard import shard_scenario
 from dse.cost.step import Batch, Segment, step
 from dse.cost.types import Architecture, Device, Number, Plan, Topology, pytree
 from dse.errors import InputError
+from dse.programs import program
 from dse.space.cases import Case, parse_cases, scenarios_of
 from dse.units import US
 
@@ -150,7 +151,7 @@ def captured(tokens: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _batched() -> Any:
-    return jax.jit(jax.vmap(step_seconds))
+    return program(step_seconds, in_axes=0)
 
 
 def estimate_steps(table: pd.DataFrame, coefficients: CoefficientSet | None = None) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from dse.cost.serving import accepted_of
 from dse.cost.traffic import KINDS, Traffic, traffic_of
 from dse.cost.types import Number
 from dse.errors import InputError
+from dse.programs import program
 from dse.space.cases import Case, parse_cases, scenarios_of
 from dse.units import GB
 
@@ -31,7 +32,7 @@ def _one(x: Scenario) -> tuple[Traffic, Number]:
 
 @lru_cache(maxsize=1)
 def _batched() -> Any:
-    return jax.jit(jax.vmap(_one))
+    return program(_one, in_axes=0)
 
 
 def traffic_cases(cases: pd.DataFrame, coefficients: CoefficientSet) -> pd.DataFrame:
