@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,10 @@ def _groups(space: CompiledSpace, drafts: list[str], experts: Sequence[tuple[int
 
 def arrange(pools: CompiledPools, t: tuple[Tables, Tables], prune: bool) -> tuple[Table, dict[str, int], int]:
     """Both pools priced and sifted; what was cut, in points (pairs x numbers of workers within the budget)."""
-    p, d = price_pool(t[0], prefill_kernel), price_decode(t[1], pools.experts)
+    with ThreadPoolExecutor(1) as beside:  # for their programs: both pools take milliseconds
+        prefill = beside.submit(_in_double, price_pool, t[0], prefill_kernel)
+        d: DecodeWorkers = price_decode(t[1], pools.experts)
+        p: PrefillWorkers = prefill.result()
     drafts = [NONE, *(name for name in pools.decode.spec.axes.draft_model if name != NONE)]
     groups = _groups(pools.prefill, drafts), _groups(pools.decode, drafts, pools.experts)
     alive = [np.ones(len(g.of), bool) for g in groups]
@@ -134,6 +138,12 @@ def arrange(pools: CompiledPools, t: tuple[Tables, Tables], prune: bool) -> tupl
         groups=(arranged[0][1], arranged[1][1]),
     )
     return table, {CUT_BUDGET: everything - legal, **cuts}, pairs
+
+
+def _in_double(price: Callable[..., Any], *args: Any) -> Any:
+    """The same in this thread, which has a precision of its own."""
+    with jax.enable_x64(True):
+        return price(*args)
 
 
 def _ratios(pools: CompiledPools, a: Key, b: Key) -> list[int]:

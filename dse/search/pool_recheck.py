@@ -67,6 +67,19 @@ def recheck_pairs(
         return pd.DataFrame(), np.zeros((0, k))
     prefill, decode, ratio, transfer = unravel(pools, flat)
     users, values = _users(pools, t, table, (prefill, decode, ratio, transfer), asked)
+    exact = _exact(pools, t, (prefill, decode, ratio, transfer), users)
+    described = describe_pairs(pools, flat)
+    priced = split_columns(exact)
+    fresh = {name: value for name, value in priced.items() if name not in described}
+    frame = pd.concat([described.assign(concurrency=users), pd.DataFrame(fresh)], axis=1)
+    return frame, values
+
+
+def _exact(
+    pools: CompiledPools, t: tuple[Tables, Tables], pair: tuple[np.ndarray, ...], users: np.ndarray
+) -> SplitEstimate:
+    """Some pairs (prefill points, decode points, ratios, transfers) as `dse estimate` prices them."""
+    prefill, decode, ratio, transfer = pair
     workers = np.array(pools.ratios, np.float64)[ratio]
     names = np.array(pools.transfers)[transfer]
     point, own = np.divmod(decode, len(pools.experts))
@@ -79,7 +92,7 @@ def recheck_pairs(
         jax.tree.map(lambda x: x.astype(np.int32), points),
         users,
         (workers[:, 0], workers[:, 1]),
-        Transfer(layerwise=(names == "layerwise") * 1.0, first_step=np.zeros(len(flat)), free=(names == "free") * 1.0),
+        Transfer(layerwise=(names == "layerwise") * 1.0, first_step=np.zeros(len(users)), free=(names == "free") * 1.0),
         (clusters[0] != clusters[1]) * 1.0,
     )
     chosen = np.array(pools.experts, np.float64)[own]
@@ -93,12 +106,16 @@ def recheck_pairs(
             places.append(some)
             parts.append(at_rows(part, slice(len(some))))
     back = np.argsort(np.concatenate(places))
-    exact = jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *parts)
-    described = describe_pairs(pools, flat)
-    priced = split_columns(exact)
-    fresh = {name: value for name, value in priced.items() if name not in described}
-    frame = pd.concat([described.assign(concurrency=users), pd.DataFrame(fresh)], axis=1)
-    return frame, values
+    exact: SplitEstimate = jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *parts)
+    return exact
+
+
+def recheck_first(pools: CompiledPools, c: tuple[Coefficients, Coefficients]) -> None:
+    """Price the first pair for its program's sake, beside other work."""
+    first = np.zeros(1, np.int64)
+    with jax.enable_x64(True):
+        t = (tables(pools.prefill, c[0], np.float64), tables(pools.decode, c[1], np.float64))
+        _exact(pools, t, (first, first, first, first), np.ones(1))
 
 
 def recheck_flat(
@@ -152,4 +169,4 @@ def _users(
     return found.concurrency, np.stack(values, axis=1)
 
 
-__all__ = ["recheck_flat", "recheck_pairs"]
+__all__ = ["recheck_first", "recheck_flat", "recheck_pairs"]

@@ -108,6 +108,7 @@ def _with_pools(
     intervals: bool,
 ) -> SearchResult:
     """Pools exhaustively, against undivided serving at the same targets unless the space says otherwise."""
+    from dse.search.pool_recheck import recheck_first
     from dse.search.pool_result import joined, search_pools
     from dse.space.pool_space import compile_pools
 
@@ -122,6 +123,7 @@ def _with_pools(
     compared = spec.disaggregated is not None and spec.disaggregated.aggregated
     undivided = spec.model_copy(update={"disaggregated": None})
     with ThreadPoolExecutor() as beside:
+        beside.submit(recheck_first, pools, c)
         if compared and engine == "local":
             space = compile_space(undivided)
             priced = space, of_machines(space, coefficients)
