@@ -30,14 +30,11 @@ CoefficientSet = Annotated[str | None, typer.Option("--coefficients", help="Coef
 
 def compile_cache() -> None:
     """Compiled programs are kept between runs, in the user's cache directory: whole, and by XLA's persistent cache."""
-    import gc
     import os
 
     import jax
 
     from dse.programs import keep_in
-
-    gc.set_threshold(100_000, 50, 50)  # tracing makes many objects and no garbage: a fifth of its time otherwise
 
     root = os.environ.get("DSE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dse" / "jax"
     if keep_in(Path(root) / "programs"):
