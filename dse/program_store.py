@@ -77,16 +77,20 @@ class Store:
         return program
 
     def write(self, key: str, program: jax.stages.Compiled) -> None:
-        """Keep a program, beside other work; the process ends when its programs are written."""
-        self.writer.submit(self._write, key, program)
+        """Keep a program that has not run yet: one that sorts cannot be taken down once it has.
 
-    def _write(self, key: str, program: jax.stages.Compiled) -> None:
+        The file is written beside other work; the process ends when its files are written.
+        """
+        try:
+            raw = pickle.dumps(serialize_executable.serialize(program))
+        except Exception:  # what cannot be taken down is compiled again next time
+            return
+        self.writer.submit(self._write, key, raw)
+
+    def _write(self, key: str, raw: bytes) -> None:
         if changed_since(self.package, self.began):
             return
-        try:
-            packed = zlib.compress(pickle.dumps(serialize_executable.serialize(program)), 1)
-        except Exception:  # what cannot be written is compiled again next time
-            return
+        packed = zlib.compress(raw, 1)
         with contextlib.suppress(DseError, OSError):
             atomic_write(self.folder / (key + SUFFIX), FORMAT + _digest(key.encode() + packed).encode() + packed)
             self._prune()
