@@ -4,8 +4,7 @@ Every case is a plan, a distribution of lengths and a coefficient of variation o
 capacity; requests are drawn, served one engine step at a time (`dse.cost.simulate`) and compared. Printed by regime,
 apart for the cases that the forms were developed on and for those that they were not: errors in percent, the mean of
 their sizes and the worst. `noise`: standard error of the simulated mean TTFT in percent, which bounds what can be told.
-Held out loosely: results of those cases were seen while the forms were developed, and one constant (the cap of
-`elastic` in dse/cost/openloop.py) was chosen after one of them (8B a100, talk, bursts of 3 at 80%: 90% off before).
+Held out: models, plans and lengths drawn by `SEED`, unseen while the forms were developed.
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ PLANS: dict[str, dict[str, Any]] = {
         "chunk": 2048,
     },
     "30B dp2": {"model": "Qwen3-30B-A3B", "gpu": "h100", "attention_dp": 2, "moe_ep": 2, "chunk": 4096},
-    # held out
     "32B b200": {"model": "Qwen3-32B", "gpu": "b200", "chunk": 4096},
     "8B a100": {"model": "Llama-3.1-8B", "gpu": "a100", "chunk": 1024},
     "oss h200": {"model": "gpt-oss-120b", "gpu": "h200", "tp": 2, "chunk": 8192},
@@ -75,6 +73,31 @@ PLANS: dict[str, dict[str, Any]] = {
     "V3 dp4": {"model": "DeepSeek-V3", "gpu": "b200", "tp": 2, "attention_dp": 4, "moe_ep": 8, "chunk": 8192},
     "30B dp2 b200": {"model": "Qwen3-30B-A3B", "gpu": "b200", "attention_dp": 2, "moe_ep": 2, "chunk": 2048},
 }
+# held out: each regime's plans get a chunk and lengths by draw
+UNSEEN: dict[str, tuple[dict[str, Any], ...]] = {
+    "one rank": (
+        {"model": "Qwen3-14B", "gpu": "h100"},
+        {"model": "Mistral-7B-v0.3", "gpu": "l40s"},
+        {"model": "Qwen2.5-72B", "gpu": "a100", "tp": 4},
+        {"model": "gpt-oss-20b", "gpu": "h100"},
+        {"model": "gemma-3-27b", "gpu": "h200"},
+        {"model": "Mixtral-8x22B", "gpu": "h200", "tp": 4},
+    ),
+    "pipeline": (
+        {"model": "Qwen2.5-72B", "gpu": "h100", "tp": 2, "pp": 2},
+        {"model": "Llama-3.1-405B", "gpu": "h100", "tp": 8, "pp": 2, "weights": "fp8"},
+        {"model": "GLM-4.5-Air", "gpu": "h100", "tp": 2, "pp": 2},
+        {"model": "Llama-2-70B", "gpu": "a100", "tp": 1, "pp": 4},
+    ),
+    "attention DP": (
+        {"model": "GLM-4.5", "gpu": "h200", "attention_dp": 8, "moe_ep": 8, "weights": "fp8"},
+        {"model": "MiniMax-M2.5", "gpu": "h200", "attention_dp": 4, "moe_ep": 4},
+        {"model": "Qwen3-Next-80B-A3B", "gpu": "h100", "attention_dp": 4, "moe_ep": 4},
+        {"model": "GLM-4.5-Air", "gpu": "b200", "attention_dp": 2, "moe_ep": 2},
+    ),
+}
+UNSEEN["bursts"] = UNSEEN["one rank"]
+SEED, DRAWS = 20261121, 12
 # isl, osl, their coefficients of variation
 LENGTHS = {
     "even": (1000.0, 200.0, 0.0, 0.0),
@@ -97,6 +120,20 @@ class Pair:
     cv: float = 1.0
 
 
+def unseen() -> list[Pair]:
+    """Held-out cases; registers their plans and lengths."""
+    rng = np.random.default_rng(SEED)
+    found = []
+    for regime, cvs in (("one rank", (1.0,)), ("bursts", (1.5, 2.0, 3.0)), ("pipeline", (1.0,)), ("attention DP", (1.0,))):
+        for i in range(DRAWS):
+            plan, lengths = f"{regime} {i}", f"{regime} {i}"
+            PLANS[plan] = {**UNSEEN[regime][i % len(UNSEEN[regime])], "chunk": int(2 ** rng.integers(9, 14))}
+            means = np.exp(rng.uniform(np.log([150.0, 80.0]), np.log([5000.0, 600.0])))
+            LENGTHS[lengths] = (*np.round(means), *np.round(rng.uniform(0.0, [1.3, 1.0]), 1))
+            found += [Pair(regime, True, plan, lengths, cv) for cv in cvs]
+    return found
+
+
 def pairs() -> list[Pair]:
     def product(regime: str, held_out: bool, plans: str, lengths: str, cvs: tuple[float, ...] = (1.0,)) -> list[Pair]:
         names = [(p.strip(), x) for p in plans.split(",") for x in lengths.split()]
@@ -104,13 +141,14 @@ def pairs() -> list[Pair]:
 
     return [
         *product("one rank", False, "8B, 8B c512, 70B tp4, Mixtral tp2", "even mixed long chat"),
-        *product("one rank", True, "32B b200, 8B a100, oss h200", "code talk"),
+        *product("one rank", False, "32B b200, 8B a100, oss h200", "code talk"),
         *product("bursts", False, "8B, 8B c512, 70B tp4, Mixtral tp2", "even mixed long", (1.5, 2.0, 3.0)),
-        *product("bursts", True, "32B b200, 8B a100, oss h200", "code talk", (1.5, 2.0, 3.0)),
+        *product("bursts", False, "32B b200, 8B a100, oss h200", "code talk", (1.5, 2.0, 3.0)),
         *product("pipeline", False, "70B tp4 pp2, 70B tp2 pp4", "even mixed long chat"),
-        *product("pipeline", True, "32B pp2, 235B pp4", "code talk"),
+        *product("pipeline", False, "32B pp2, 235B pp4", "code talk"),
         *product("attention DP", False, "V3 dp8, 235B dp4, 30B dp2", "even mixed long"),
-        *product("attention DP", True, "235B dp8, V3 dp4, 30B dp2 b200", "code talk"),
+        *product("attention DP", False, "235B dp8, V3 dp4, 30B dp2 b200", "code talk"),
+        *unseen(),
     ]
 
 
