@@ -194,14 +194,19 @@ class Curve:
         return self.seconds[0] + jnp.sum(inside * jnp.diff(self.seconds) / jnp.diff(self.knots), -1)
 
 
+def full_iteration(x: Replica, n: Number, budget: Number, others: Number) -> Number:
+    """Seconds of an iteration that fills the budget and leaves prompts behind."""
+    return _mixed(x, n, budget, others, x.typical, x.first, False, False)
+
+
 def curve_of(x: Replica, n: Number, budget: Number, others: Number) -> Curve:
     """Of the mean prompt; what a node's own differs by is `x.extra` seconds a token."""
     knots = budget * jnp.array(KNOTS)
     seconds = jax.vmap(lambda tokens: _mixed(x, n, tokens, others, x.typical, x.first, True, False))(knots)
-    full = _mixed(x, n, budget, others, x.typical, x.first, False, False)
+    full = full_iteration(x, n, budget, others)
     crowd = (x.ranks - 1.0) * budget
     crowded = _mixed(x, n, budget, others + crowd, x.typical, x.first, False, False)
     return Curve(knots=knots, seconds=seconds, full=full, other=safe_divide(crowded - full, crowd))
 
 
-__all__ = ["Curve", "Replica", "curve_of", "decode", "flights", "pieces_of", "replica", "resident"]
+__all__ = ["Curve", "Replica", "curve_of", "decode", "flights", "full_iteration", "pieces_of", "replica", "resident"]

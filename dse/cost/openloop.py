@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from dse.cost.flow import FADE, Flow, flow_of, lockstep, slowest_of, together
-from dse.cost.iterations import Curve, Replica, curve_of, decode, flights, pieces_of, replica, resident
+from dse.cost.iterations import Curve, Replica, curve_of, decode, flights, full_iteration, pieces_of, replica, resident
 from dse.cost.queueing import Moments, Wait, companions, gg1, many_servers
 from dse.cost.types import Number, pytree, replace
 from dse.numerics import safe_divide
@@ -153,6 +153,7 @@ def point(x: Replica, u: Number, t: Times | None = None) -> Point:
         held_up = at_last(left) - curve(left)
         last = last + held_up
         service = service + jnp.maximum(1.0 - rate * x.mean(service), 0.0) * held_up  # unless another shares it
+    service = service + laden(x, t, rate, service)
     load = rate * x.mean(service)
 
     # The iteration that a request finds running; mixed ones are a short and a long kind, by their standard deviation
@@ -215,6 +216,32 @@ def point(x: Replica, u: Number, t: Times | None = None) -> Point:
         lasts=lasts,
         joined=joined,
     )
+
+
+def laden(x: Replica, t: Times, rate: Number, service: Number) -> Number:
+    """(n,) seconds that a prompt takes longer in a backlog, because decode beside it swells.
+
+    While prompts wait, they leave prefill at its full rate, and after as many iterations as an answer has, decode is as
+    large as at capacity: by then a request takes what it takes there, its own decode steps included, and the queue's
+    load is the share of the capacity. A backlog that lasts for a share y of that has got y/2 of the way in the mean.
+    Backlogs that make the wait last (ca^2 + cs^2) s/(1-r)^2 (the relaxation time of a diffusion), which is solved for.
+    """
+    f = t.flow
+    u = most_arrivals(x)
+    n = u * x.mean(x.steps)
+    budget = jnp.maximum(flights(x.sharded.plan) * x.chunk - n * (1.0 + x.draft), 1.0)
+    full = full_iteration(x, n, budget, f.others) + budget * x.extra
+    prompt, steps = x.mean(x.prompt), x.mean(x.steps)
+    own = x.prompt * full / budget + (x.steps / steps - x.prompt / prompt) * n * t.growth * prompt / budget
+    more = jnp.maximum(own, 0.0) - service
+    share = jnp.zeros_like(rate)
+    for _ in range(4):
+        s = service + share * more
+        mean = x.mean(s)
+        idle = jnp.maximum(1.0 - rate * mean, 1e-3)
+        lasts = (x.arrival_scv + x.mean(s**2) / mean**2 - 1.0) * prompt / budget / idle**2
+        share = lasts / (2.0 * steps + lasts)
+    return share * more
 
 
 def both(a: Wait, b: Wait) -> Wait:
