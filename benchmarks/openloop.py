@@ -22,10 +22,10 @@ from dse.catalog.coefficients import coefficient_set
 from dse.cli.console import compile_cache
 from dse.cost import lengths as dist
 from dse.cost.evaluate import Scenario
-from dse.cost.goodput import FULLEST, Arrivals, OpenLoop, Slo, open_loop
+from dse.cost.goodput import Arrivals, OpenLoop, Slo, open_loop
 from dse.cost.lengths import Lengths
 from dse.cost.memory import memory
-from dse.cost.openloop import most_arrivals, rate_at, replica, resident
+from dse.cost.openloop import replica, resident, top
 from dse.cost.shard import shard
 from dse.cost.simulate import Requests, simulate
 from dse.cost.types import stack
@@ -171,7 +171,8 @@ def closed_form(x: Scenario, lengths: Lengths, share: Any, cv: Any) -> OpenLoop:
     load = resident(x.load, lengths)
     held = memory(x.architecture, x.device, x.plan, load, x.coefficients)
     r = replica(s, load, lengths, held, cv)
-    capacity = rate_at(r, FULLEST * most_arrivals(r)) * r.ranks
+    most = top(r)
+    capacity = most.u / most.pace * r.ranks
     return open_loop(s, load, lengths, held, Arrivals(rate=share * capacity, cv=cv), SLO)
 
 

@@ -14,10 +14,10 @@ import pytest
 from dse.catalog.coefficients import coefficient_set
 from dse.cost import lengths as dist
 from dse.cost.evaluate import Scenario
-from dse.cost.goodput import FULLEST, Arrivals, OpenLoop, Slo, goodput, open_loop
+from dse.cost.goodput import Arrivals, OpenLoop, Slo, goodput, open_loop
 from dse.cost.lengths import Lengths
 from dse.cost.memory import memory
-from dse.cost.openloop import most_arrivals, rate_at, replica, resident
+from dse.cost.openloop import replica, resident, top
 from dse.cost.shard import shard
 from dse.cost.simulate import Requests, simulate
 from dse.cost.step import Batch, Segment, step
@@ -61,7 +61,8 @@ def _at_share(x: Scenario, lengths: Lengths, share: Any, cv: Any, slo: Slo) -> O
     """At a share of the capacity."""
     s, load, held = _parts(x, lengths)
     r = replica(s, load, lengths, held, cv)
-    capacity = rate_at(r, FULLEST * most_arrivals(r)) * r.ranks
+    most = top(r)
+    capacity = most.u / most.pace * r.ranks
     return open_loop(s, load, lengths, held, Arrivals(rate=share * capacity, cv=cv), slo)
 
 

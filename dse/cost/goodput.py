@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
 
+from dse.cost.iterations import decode
 from dse.cost.lengths import Lengths
 from dse.cost.memory import Memory
-from dse.cost.openloop import Point, Replica, both, most_arrivals, point, rate_at, replica, times
+from dse.cost.openloop import Point, Replica, Top, both, point, rate_at, replica, times, top
 from dse.cost.queueing import Wait, crossing, quantile, survival
 from dse.cost.shard import Sharded
 from dse.cost.types import Load, Number, pytree, replace
 from dse.numerics import safe_divide, safe_sqrt
 
 HALVINGS, SECANTS = 9, 6  # of the rate: 2e-3 of the capacity, then false positions in that bracket
-FULLEST = 0.999  # of the capacity: where an unstable rate is evaluated, flagged
 RESTS = (1.0 / 6.0, 0.5, 5.0 / 6.0)  # of a running iteration, alike likely, are left when a request comes
 
 
@@ -95,10 +95,9 @@ def _longest(w: Wait) -> Number:
     return 60.0 * jnp.max(jnp.maximum(w.scv, 1.0) * safe_divide(w.mean, w.delayed))
 
 
-def describe(x: Replica, u: Number, most: Number, stable: Number, slo: Slo) -> OpenLoop:
+def describe(x: Replica, u: Number, most: Top, stable: Number, slo: Slo) -> OpenLoop:
     """All that a table says of a replica at u arrivals an iteration."""
-    both_times = jax.vmap(lambda u: times(x, u))(jnp.stack([u, most]))
-    p = point(x, u, jax.tree.map(lambda leaf: leaf[0], both_times))
+    p = point(x, u, most)
     overhead = x.sharded.c.arrival_overhead
     wait = p.queue.mean + p.chance @ (0.5 * p.lasts + jnp.sum(x.weight * p.joined.mean, -1))
     ttft = overhead + wait + x.mean(p.base)
@@ -114,7 +113,7 @@ def describe(x: Replica, u: Number, most: Number, stable: Number, slo: Slo) -> O
 
     firsts, laters = jax.vmap(first)(jnp.array([0.5, 0.9, 0.99])), jax.vmap(later)(jnp.array([0.9, 0.99]))
     tpot = x.mean(p.pace) / yields
-    capacity = most / both_times.pace[1]
+    capacity = most.u / most.pace
     return OpenLoop(
         rate=p.rate * x.ranks,
         capacity=capacity * x.ranks,
@@ -137,15 +136,15 @@ def describe(x: Replica, u: Number, most: Number, stable: Number, slo: Slo) -> O
 def open_loop(s: Sharded, load: Load, lengths: Lengths, memory: Memory, arrivals: Arrivals, slo: Slo) -> OpenLoop:
     """A replica at a given rate. `memory` is that of `resident(load, lengths)`."""
     x = replica(s, load, lengths, memory, arrivals.cv)
-    most = FULLEST * most_arrivals(x)
+    most = top(x)
     rate = arrivals.rate / x.ranks
-    ends = jax.vmap(lambda u: rate_at(x, u))(jnp.stack([1e-9 * most, most]))
-    stable = rate < ends[1]
-    # u = R T(u), and T rises with u: between its least and its greatest value
-    low, high = jax.lax.stop_gradient(rate * jnp.stack([1e-9, 1.0]) * most / ends)
-    low, high = jnp.minimum(low, most), jnp.minimum(high, most)
-    u = crossing(lambda u: jnp.where(stable, rate, ends[1]) - rate_at(x, u), low, high, HALVINGS, SECANTS)
-    u = jnp.where(stable, u, most)
+    stable = rate < most.u / most.pace
+    # u = R T(u), and T rises with u: between its least, that of a lone request, and its greatest value
+    least, greatest = decode(x, 1.0) * x.ratio * rate, most.pace * rate
+    low, high = jax.lax.stop_gradient((0.5 * least, greatest))
+    low, high = jnp.minimum(low, most.u), jnp.minimum(high, most.u)
+    u = crossing(lambda u: jnp.where(stable, rate, most.u / most.pace) - rate_at(x, u), low, high, HALVINGS, SECANTS)
+    u = jnp.where(stable, u, most.u)
     return replace(describe(x, u, most, stable, slo), rate=arrivals.rate * jnp.ones_like(u))
 
 
@@ -156,10 +155,11 @@ def goodput(s: Sharded, load: Load, lengths: Lengths, memory: Memory, cv: Number
     targets, `rate` is 0 and the rest is what that request sees.
     """
     x = replica(s, load, lengths, memory, cv)
-    most = FULLEST * most_arrivals(x)
-    u = crossing(lambda u: attainment(x, point(x, u), slo) - slo.attainment, 1e-6 * most, most, HALVINGS, SECANTS)
-    reached = u > 1.5e-6 * most
-    u = jnp.where(u < most * (1.0 - 2.0 ** (1 - HALVINGS - SECANTS)), u, most)
+    most = top(x)
+    end = most.u
+    u = crossing(lambda u: attainment(x, point(x, u, most), slo) - slo.attainment, 1e-6 * end, end, HALVINGS, SECANTS)
+    reached = u > 1.5e-6 * end
+    u = jnp.where(u < end * (1.0 - 2.0 ** (1 - HALVINGS - SECANTS)), u, end)
     result = describe(x, u, most, jnp.asarray(True), slo)
     return replace(result, rate=jnp.where(reached, result.rate, 0.0))
 

@@ -33,6 +33,7 @@ from dse.cost.queueing import Moments, Wait, companions, gg1, many_servers
 from dse.cost.types import Number, pytree, replace
 from dse.numerics import safe_divide
 
+FULLEST = 0.999  # of the capacity
 AVERAGED = 0.74  # 2(e^-1 - 1 + 1): an answer averages over its own length the requests beside it
 
 
@@ -129,7 +130,21 @@ def rate_at(x: Replica, u: Number) -> Number:
     return times(x, u).rate(u)
 
 
-def point(x: Replica, u: Number, t: Times | None = None) -> Point:
+@pytree
+class Top:
+    """A replica at its capacity."""
+
+    u: Number  # arrivals an iteration
+    pace: Number  # seconds of an iteration
+
+
+def top(x: Replica) -> Top:
+    """As near to the capacity as a steady state is described: where an unstable rate is evaluated, flagged."""
+    u = FULLEST * most_arrivals(x)
+    return Top(u=u, pace=times(x, u).pace)
+
+
+def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     """The steady state at u arrivals an iteration (0 < u < `most_arrivals`); `t` where `times` is known."""
     t = times(x, u) if t is None else t
     f, curve, alone, mixed, pace = t.flow, t.curve, t.alone, t.mixed, t.pace
@@ -173,7 +188,8 @@ def point(x: Replica, u: Number, t: Times | None = None) -> Point:
     queue = replace(queue, mean=backlog * regular, delayed=queue.delayed * regular)
     varied = 0.5 * (x.arrival_scv + x.mean(x.steps**2) / steps**2 - 1.0)
     peaked = (1.0 + (x.arrival_scv - 1.0) * x.overlap) / (1.0 - t.elastic) + x.sized
-    seats = many_servers(rate, x.seats, (steps + x.mean(pieces)) * pace, varied, peaked)
+    stays = steps + x.mean(pieces)
+    seats = many_servers(rate, x.seats, stays * pace, varied, peaked, stays * most.pace)
     queue = both(queue, seats)
 
     # Prompts that came in the same iteration go before; those behind fill what is left of the last one.
@@ -262,4 +278,4 @@ def both(a: Wait, b: Wait) -> Wait:
     )
 
 
-__all__ = ["Point", "Replica", "Times", "both", "most_arrivals", "point", "rate_at", "replica", "resident", "times"]
+__all__ = ["Point", "Replica", "Times", "Top", "both", "most_arrivals", "point", "rate_at", "replica", "resident", "times", "top"]

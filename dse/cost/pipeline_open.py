@@ -13,7 +13,7 @@ from dse.cost.evaluate import Scenario
 from dse.cost.goodput import Arrivals, Slo, attainment, open_loop
 from dse.cost.lengths import Lengths
 from dse.cost.memory import memory
-from dse.cost.openloop import point, replica, resident
+from dse.cost.openloop import point, replica, resident, top
 from dse.cost.queueing import quantile
 from dse.cost.shard import shard_scenario
 from dse.cost.types import Number, pytree, replace
@@ -50,7 +50,7 @@ def aggregated(x: Scenario, lengths: Lengths, first: Number | None, rate: Number
     if first is not None:
         order = jnp.argsort(lengths.isl - lengths.cached)  # the order of a replica's nodes
         r = replica(s, load, lengths, held, 1.0)
-        p = point(r, found.running / r.mean(r.steps))
+        p = point(r, found.running / r.mean(r.steps), top(r))
         own = replace(r, weight=jnp.asarray(first)[order])
         late = 10.0 * (found.ttft_p99 + jnp.max(p.base))
 

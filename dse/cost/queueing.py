@@ -174,18 +174,24 @@ def any_come(dispersed: Number, expected: Number) -> Number:
     return -jnp.expm1(-expected * rate)
 
 
-def many_servers(rate: Number, servers: Number, service: Number, scv: Number, peakedness: Number = 1.0) -> Wait:
+def many_servers(
+    rate: Number, servers: Number, service: Number, scv: Number, peakedness: Number = 1.0, crowded: Number | None = None
+) -> Wait:
     """G/G/K with K slots: Halfin and Whitt's delay probability 1/(1 + b F(b)/f(b)), b = (1-r) sqrt(K/z), and a wait of
     E[S]/(K(1-r)) (ca^2+cs^2)/2 for those that wait (`scv` is that half sum). z: variance over mean of the number that
     would be there if slots never ran out (Whitt's peakedness; 1 for Poisson arrivals). Good where K is ten or more.
+
+    `crowded`: service time while all slots are taken, where servers slow each other down. Below K the number there is
+    normal about r K (b), above K it falls at the crowded rate (b'): 1/(1 + b' F(b)/f(b)), and a wait with r'.
     """
-    r, stable = _busy(rate * service / servers)
+    crowded = service if crowded is None else jnp.maximum(crowded, service)
+    (r, _), (full, stable) = _busy(rate * service / servers), _busy(rate * crowded / servers)
     b = (1.0 - r) * jnp.sqrt(servers / peakedness)
     density = jnp.exp(-0.5 * b**2) * 0.3989422804014327
-    delayed = density / (density + b * ndtr(b))
-    mean = delayed * service / (servers * (1.0 - r)) * scv
+    delayed = density / (density + (1.0 - full) * jnp.sqrt(servers / peakedness) * ndtr(b))
+    mean = delayed * crowded / (servers * (1.0 - full)) * scv
     return Wait(
-        mean=mean, delayed=delayed, scv=jnp.ones_like(mean), utilisation=rate * service / servers, stable=stable
+        mean=mean, delayed=delayed, scv=jnp.ones_like(mean), utilisation=rate * crowded / servers, stable=stable
     )
 
 
