@@ -31,7 +31,7 @@ from dse.cost.flow import FADE, Flow, flow_of, lockstep, slowest_of, together
 from dse.cost.iterations import Curve, Replica, curve_of, decode, flights, full_iteration, pieces_of, replica, resident
 from dse.cost.queueing import Moments, Wait, companions, gg1, many_servers
 from dse.cost.types import Number, pytree, replace
-from dse.numerics import safe_divide
+from dse.numerics import safe_divide, safe_sqrt
 
 FULLEST = 0.999  # of the capacity
 AVERAGED = 0.74  # 2(e^-1 - 1 + 1): an answer averages over its own length the requests beside it
@@ -70,7 +70,7 @@ class Times:
     flow: Flow
     curve: Curve
     alone: Number  # decode only, with as many requests as one in decode finds
-    growth: Number  # with one more than those
+    growth: Number  # more for a request in decode more
     elastic: Number  # relative change of the pace with that of the requests in decode
     stolen: Number  # share of its own length that an iteration adds to the next
     wide: Number  # standard deviation of mixed ones
@@ -86,10 +86,11 @@ def times(x: Replica, u: Number) -> Times:
     f = flow_of(x, u)
     n = f.running
     curve = curve_of(x, n, f.budget, f.others)
-    wide = jnp.maximum(f.varied, 0.5)
-    counts = jnp.stack([n, n + wide, n + wide + 1.0, jnp.ones_like(n)])
-    before, more, beyond, floor = x.ratio * jax.vmap(lambda n: decode(x, n))(counts)
-    growth = (more - before) / wide
+    # Its slope over the requests in decode that come and go: n + sd and, positive, n^2/(n + sd).
+    most = n + safe_sqrt(jnp.maximum(f.varied * n, 0.25))
+    counts = jnp.stack([n * n / most, n, most, jnp.ones_like(n)])
+    less, before, more, floor = x.ratio * jax.vmap(lambda n: decode(x, n))(counts)
+    growth = (more - less) / (counts[2] - counts[0])
     extra = x.mean(x.prompt * x.extra) / x.mean(x.prompt)
     if lockstep(x):
         f, shift = together(x, u, f, curve, before)
@@ -115,8 +116,8 @@ def times(x: Replica, u: Number) -> Times:
         flow=f,
         curve=curve,
         alone=alone,
-        growth=beyond - more,
-        elastic=jnp.clip(n * (beyond - more) / ((1.0 - stolen) * pace), 0.0, 0.95),
+        growth=growth,
+        elastic=jnp.clip(n * growth / ((1.0 - stolen) * pace), 0.0, 0.95),
         stolen=stolen,
         wide=jnp.minimum(steep * f.spread, 0.99 * jnp.maximum(mixed - alone, 0.0)),
         floor=floor,
@@ -186,18 +187,17 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     bulk = budget / (budget + uneven * prompt)
     backlog = jnp.maximum(queue.mean - 0.5 * jnp.sum(chance * lasts) * load * bulk, 0.0)
     queue = replace(queue, mean=backlog * regular, delayed=queue.delayed * regular)
-    varied = 0.5 * (x.arrival_scv + x.mean(x.steps**2) / steps**2 - 1.0)
-    peaked = (1.0 + (x.arrival_scv - 1.0) * x.overlap) / (1.0 - t.elastic) + x.sized
-    stays = steps + x.mean(pieces)
-    seats = many_servers(rate, x.seats, stays * pace, varied, peaked, stays * most.pace)
-    queue = both(queue, seats)
+    # requests behind, when a prompt is through: as many as wait at any time (Little), beyond those at any iteration
+    behind = rate * (1.0 - pace / jnp.maximum(curve.full, pace))
+    waiting = behind * queue.mean
+    unlike = behind**2 * queue.mean**2 * (safe_divide(1.0 + queue.scv, queue.delayed, otherwise=1.0) - 1.0)
 
     # Prompts that came in the same iteration go before; those behind fill what is left of the last one.
     near, some = companions(x.arrival_scv, rate * 0.5 * lasts[:, None])
     before = near * prompt
     until = 0.5 * lasts[:, None] + queue.mean + (pieces - 1.0) * full
-    behind, _ = companions(x.arrival_scv, rate * until)
-    fill = room * -jnp.expm1(-behind * jnp.minimum(1.0, prompt / jnp.maximum(room, 1.0)))
+    after, _ = companions(x.arrival_scv, rate * until)
+    fill = room * -jnp.expm1(-after * jnp.minimum(1.0, prompt / jnp.maximum(room, 1.0)))
     beside = jnp.minimum(before + fill * jnp.maximum(1.0 - before / jnp.maximum(room, 1.0), 0.0), room)
     over = some * jnp.exp(-room * some / jnp.maximum(before, 1e-9))  # those before push it over the budget
     shared = at_last(left + beside) - at_last(left) + beside * x.mean(x.prompt * x.extra) / prompt + over * alone
@@ -218,16 +218,23 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     wake = stolen * (1.0 - stolen**x.steps) / (1.0 - stolen) / x.steps
     noise = u * (x.mean(extra**2) + (x.arrival_scv - 1.0) * x.mean(extra) ** 2) / (1.0 - stolen) ** 2 / x.steps
     growth = t.growth / (1.0 - stolen)  # of the pace with the requests in decode, whose number varies
+    each = x.mean(extra) / (1.0 - stolen) / x.steps
+    seen = pace + wake * (own - pace) + (after + waiting) * each
+    varied = 0.5 * (x.arrival_scv + x.mean(x.steps**2) / steps**2 - 1.0)
+    peaked = (1.0 + (x.arrival_scv - 1.0) * x.overlap) / (1.0 - t.elastic) + x.sized
+    stays = steps + x.mean(pieces)
+    stay = x.mean((x.steps + pieces) * seen)
+    seats = many_servers(rate, x.seats, stay, varied, peaked, stays * most.pace)
     return Point(
         rate=rate,
         running=n,
         load=load,
         seated=seats.utilisation,
-        pace=pace + wake * (own - pace) + after * x.mean(extra) / (1.0 - stolen) / x.steps,
-        spread=noise + AVERAGED * growth**2 * n / (1.0 - t.elastic) * 0.5 * (1.0 + x.arrival_scv),
+        pace=seen,
+        spread=noise + unlike * each**2 + AVERAGED * growth**2 * n / (1.0 - t.elastic) * 0.5 * (1.0 + x.arrival_scv),
         floor=t.floor,
         base=(pieces - 1.0) * full + last,
-        queue=queue,
+        queue=both(queue, seats),
         chance=chance,
         lasts=lasts,
         joined=joined,

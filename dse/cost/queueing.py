@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.scipy.special import gammainc, gammaln, ndtr
 
 from dse.cost.types import Number, pytree
-from dse.numerics import safe_divide
+from dse.numerics import safe_divide, safe_sqrt
 
 BUSIEST = 1.0 - 1e-4  # utilisation at which a queue without steady state is evaluated, flagged
 STATES = 96  # queue lengths of the exact M/D/1; beyond so many service times its tail is a pure exponential
@@ -186,9 +186,10 @@ def many_servers(
     """
     crowded = service if crowded is None else jnp.maximum(crowded, service)
     (r, _), (full, stable) = _busy(rate * service / servers), _busy(rate * crowded / servers)
-    b = (1.0 - r) * jnp.sqrt(servers / peakedness)
+    scale = 2.0 * jnp.sqrt(servers / peakedness)
+    b, above = scale * (1.0 - safe_sqrt(r)), scale * (1.0 - safe_sqrt(full))
     density = jnp.exp(-0.5 * b**2) * 0.3989422804014327
-    delayed = density / (density + (1.0 - full) * jnp.sqrt(servers / peakedness) * ndtr(b))
+    delayed = density / (density + above * ndtr(b))
     mean = delayed * crowded / (servers * (1.0 - full)) * scv
     return Wait(
         mean=mean, delayed=delayed, scv=jnp.ones_like(mean), utilisation=rate * crowded / servers, stable=stable
