@@ -89,15 +89,14 @@ class Slowest:
     chance: Number  # (n,) of each
     none: Number  # chance that there is no piece
 
-    def beyond(self, own: Number) -> Number:
-        """Expected excess over `own` tokens."""
-        return jnp.sum(jnp.maximum(self.tokens - own[..., None], 0.0) * self.chance, -1)
+    def beyond(self, values: Number, own: Number) -> Number:
+        """Expected excess over `own` of what the slowest has of `values` (n,)."""
+        return jnp.sum(jnp.maximum(values - own[..., None], 0.0) * self.chance, -1)
 
-    @property
-    def moments(self) -> tuple[Number, Number]:
-        """Mean and standard deviation where there is a piece."""
-        mean = jnp.sum(self.tokens * self.chance) / (1.0 - self.none)
-        return mean, safe_sqrt(jnp.sum((self.tokens - mean) ** 2 * self.chance) / (1.0 - self.none))
+    def moments(self, values: Number) -> tuple[Number, Number]:
+        """Mean and standard deviation of what the slowest has of `values` (n,), where there is a piece."""
+        mean = jnp.sum(values * self.chance) / (1.0 - self.none)
+        return mean, safe_sqrt(jnp.sum((values - mean) ** 2 * self.chance) / (1.0 - self.none))
 
 
 def slowest_of(x: Replica, budget: Number, count: Number, ranks: Number) -> Slowest:
@@ -106,8 +105,8 @@ def slowest_of(x: Replica, budget: Number, count: Number, ranks: Number) -> Slow
     single = pieces < 1.5
     size = jnp.minimum(x.prompt, budget)
     whole = jnp.where(single, x.weight, 0.0)
-    below = jnp.cumsum(whole) + (1.0 - jnp.sum(whole)) * size / budget
-    below = jnp.where(single, jnp.minimum(below / x.mean(pieces), 1.0), 1.0)
+    below = jnp.cumsum(whole + x.weight * (pieces - 1.0)) + (1.0 - jnp.sum(whole)) * size / budget
+    below = jnp.minimum(below / x.mean(pieces), 1.0)
     each = x.mean(x.prompt) / x.mean(pieces)
     ranks = jnp.maximum(ranks, 1.0)
     turns = ranks * jnp.array([1.0, 2.0, 3.0])  # in turn: the fullest rank gets one more from each of these on
@@ -119,7 +118,7 @@ def slowest_of(x: Replica, budget: Number, count: Number, ranks: Number) -> Slow
     return Slowest(tokens=tokens, chance=jnp.diff(at_most, prepend=none), none=none)
 
 
-def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tuple[Flow, Number]:
+def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tuple[Flow, Number, Slowest]:
     """Iterations in which any of several ranks prefills, and what the rank with most has then; seconds that the others'
     tokens add to those of the curve.
 
@@ -130,8 +129,12 @@ def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tup
     scv, each = x.arrival_scv * x.ranks, x.mean(x.prompt) / x.mean(pieces_of(x, f.budget))
     carried = x.mean(pieces_of(x, f.budget)) - 1.0  # iterations that a prompt goes on for after its first
 
+    def crowd_of(share: Number) -> Slowest:
+        return slowest_of(x, f.budget, x.ranks * f.tokens / each / share, x.ranks)
+
     def long_ones(share: Number) -> tuple[Number, Number, Number]:
-        mean, spread = slowest_of(x, f.budget, x.ranks * f.tokens / each / share, x.ranks).moments
+        crowd = crowd_of(share)
+        mean, spread = crowd.moments(crowd.tokens)
         mean = jnp.clip(mean, f.tokens / share, f.budget)
         return mean, spread, curve.other * (jnp.maximum(x.ranks * f.tokens / share - mean, 0.0) - f.others)
 
@@ -150,7 +153,8 @@ def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tup
         share = jnp.sqrt(share * found)  # it overshoots: longer iterations are fewer in which to arrive
     mean, spread, shift = long_ones(share)
     joint = replace(f, anywhere=share, slowest=mean, spread=spread)
-    return jax.tree.map(lambda many, one: jnp.where(x.ranks > 1, many, one), (joint, shift), (f, 0.0))
+    joint, shift = jax.tree.map(lambda many, one: jnp.where(x.ranks > 1, many, one), (joint, shift), (f, 0.0))
+    return joint, shift, crowd_of(share)
 
 
 __all__ = ["FADE", "Flow", "Slowest", "flow_of", "lockstep", "slowest_of", "together"]

@@ -93,12 +93,13 @@ def times(x: Replica, u: Number) -> Times:
     growth = (more - less) / (counts[2] - counts[0])
     extra = x.mean(x.prompt * x.extra) / x.mean(x.prompt)
     if lockstep(x):
-        f, shift = together(x, u, f, curve, before)
+        f, shift, crowd = together(x, u, f, curve, before)
         curve = replace(curve, seconds=curve.seconds + shift, full=curve.full + shift)
-        among = jnp.maximum(x.ranks * f.tokens / f.budget, 1.0)  # ranks that fill the budget: the longest prompt's ...
-        below = jnp.clip(jnp.cumsum(x.weight * x.prompt) / x.mean(x.prompt), 1e-12, 1.0) ** among
-        extra = jnp.sum(x.extra * jnp.diff(below, prepend=0.0))  # ... is slowest
-    mixed = curve(f.slowest) + f.slowest * extra - f.behind * (curve(f.budget) - curve.full)
+    left = f.behind * (curve(f.budget) - curve.full)
+    mixed, several = curve(f.slowest) + f.slowest * extra - left, jnp.zeros_like(left)
+    if lockstep(x):
+        slowest, several = crowd.moments(curve(crowd.tokens) + crowd.tokens * x.extra)
+        mixed = jnp.where(x.ranks > 1, slowest - left, mixed)
     # A request in decode finds n + Var[n]/n there; more of them are slower, and so stay for longer.
     steady = (1.0 - f.anywhere) * before + f.anywhere * mixed
     high, low = jnp.minimum(f.slowest + f.spread, f.budget), jnp.maximum(f.slowest - f.spread, 0.0)
@@ -119,7 +120,7 @@ def times(x: Replica, u: Number) -> Times:
         growth=growth,
         elastic=jnp.clip(n * growth / ((1.0 - stolen) * pace), 0.0, 0.95),
         stolen=stolen,
-        wide=jnp.minimum(steep * f.spread, 0.99 * jnp.maximum(mixed - alone, 0.0)),
+        wide=jnp.minimum(jnp.where(x.ranks > 1, several, steep * f.spread), 0.99 * jnp.maximum(mixed - alone, 0.0)),
         floor=floor,
         mixed=mixed,
         pace=pace,
@@ -155,28 +156,33 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     room = jnp.maximum(budget - left, 0.0)
     full = curve.full + budget * x.extra
     last = curve(left) + left * x.extra + (1.0 - f.busy) * x.lone
-    service = x.prompt * full / budget
-    crowd = None
-    if lockstep(x):
-        elsewhere = (x.ranks - 1.0) * f.tokens * x.mean(pieces) / prompt / f.anywhere
-        crowd = slowest_of(x, budget, elsewhere, x.ranks - 1.0)
-
-    def at_last(tokens: Number) -> Number:
-        """A last piece, which takes its rank as long as the others' take theirs."""
-        return curve(tokens if crowd is None else tokens + jnp.where(x.ranks > 1, crowd.beyond(tokens), 0.0))
-
-    if crowd is not None:
-        held_up = at_last(left) - curve(left)
-        last = last + held_up
-        service = service + jnp.maximum(1.0 - rate * x.mean(service), 0.0) * held_up  # unless another shares it
-    service = service + laden(x, t, rate, service)
-    load = rate * x.mean(service)
-
     # The iteration that a request finds running; mixed ones are a short and a long kind, by their standard deviation
     stolen, wide = t.stolen, t.wide
     lasts = jnp.stack([alone, mixed - wide, mixed + wide])
-    often = jnp.stack([1.0 - f.anywhere, 0.5 * f.anywhere, 0.5 * f.anywhere])
-    chance = (1.0 - jnp.exp(-n) * (1.0 - jnp.minimum(load, 1.0))) * often * lasts / pace
+    often = jnp.stack([1.0 - f.anywhere, 0.5 * f.anywhere, 0.5 * f.anywhere]) * lasts / pace
+    crowd = None
+    if lockstep(x):
+        # On other ranks come as many as here in the iteration that it finds; and there are pieces of longer prompts
+        come = rate * jnp.sum(often * lasts) + u * (x.mean(pieces) - 1.0) * jnp.sum(often[1:]) / f.anywhere
+        elsewhere = (x.ranks - 1.0) * come
+        crowd = slowest_of(x, budget, elsewhere, x.ranks - 1.0)
+        theirs = curve(crowd.tokens) + crowd.tokens * x.extra
+        crowded = curve.other * jnp.maximum(elsewhere * prompt / x.mean(pieces) - f.others, 0.0)
+
+    def held_up(own: Number) -> Number:
+        """More seconds of an iteration that would take `own` on its rank: it takes as long as on the slowest one."""
+        return 0.0 if crowd is None else jnp.where(x.ranks > 1, crowd.beyond(theirs, own) + crowded, 0.0)
+
+    last = last + held_up(last)
+    full = full + held_up(full)
+    service = x.prompt * full / budget
+    if crowd is not None:
+        short = jnp.where(x.ranks > 1, last - left / budget * full, 0.0)
+        service = service + jnp.maximum(1.0 - rate * x.mean(service), 0.0) * jnp.maximum(short, 0.0)  # unless another shares it
+    service = service + laden(x, t, rate, service)
+    load = rate * x.mean(service)
+
+    chance = (1.0 - jnp.exp(-n) * (1.0 - jnp.minimum(load, 1.0))) * often
 
     # The backlog of earlier iterations: what the queue holds, less what came in the running one.
     various = x.mean(x.prompt**2) / prompt**2
@@ -200,7 +206,8 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     fill = room * -jnp.expm1(-after * jnp.minimum(1.0, prompt / jnp.maximum(room, 1.0)))
     beside = jnp.minimum(before + fill * jnp.maximum(1.0 - before / jnp.maximum(room, 1.0), 0.0), room)
     over = some * jnp.exp(-room * some / jnp.maximum(before, 1e-9))  # those before push it over the budget
-    shared = at_last(left + beside) - at_last(left) + beside * x.mean(x.prompt * x.extra) / prompt + over * alone
+    beside = curve(left + beside) - curve(left) + beside * x.mean(x.prompt * x.extra) / prompt
+    shared = beside + held_up(last + beside) - held_up(last) + over * alone
     delayed = jnp.broadcast_to(1.0 - (1.0 - some) ** 2, shared.shape)
     joined = Wait(
         mean=jnp.maximum(shared, 0.0),
