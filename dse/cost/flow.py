@@ -126,35 +126,29 @@ def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tup
     each other, and prompts of several ranks share them. Two states, long where any rank prefills: a long one follows a
     short one with chance a, a long one with b; they are a/(1 - b + a) of all, and each has its share of all pieces.
     """
-    scv, each = x.arrival_scv * x.ranks, x.mean(x.prompt) / x.mean(pieces_of(x, f.budget))
-    carried = x.mean(pieces_of(x, f.budget)) - 1.0  # iterations that a prompt goes on for after its first
+    scv, pieces = x.arrival_scv * x.ranks, pieces_of(x, f.budget)
+    each = x.mean(x.prompt) / x.mean(pieces)
 
-    def crowd_of(share: Number) -> Slowest:
-        return slowest_of(x, f.budget, x.ranks * f.tokens / each / share, x.ranks)
-
-    def long_ones(share: Number) -> tuple[Number, Number, Number]:
-        crowd = crowd_of(share)
-        mean, spread = crowd.moments(crowd.tokens)
-        mean = jnp.clip(mean, f.tokens / share, f.budget)
-        return mean, spread, curve.other * (jnp.maximum(x.ranks * f.tokens / share - mean, 0.0) - f.others)
+    def long_ones(share: Number) -> tuple[Slowest, Number, Number]:
+        crowd = slowest_of(x, f.budget, x.ranks * f.tokens / each / share, x.ranks)
+        mean = jnp.clip(crowd.moments(crowd.tokens)[0], f.tokens / share, f.budget)
+        return crowd, mean, curve.other * (jnp.maximum(x.ranks * f.tokens / share - mean, 0.0) - f.others)
 
     share = f.anywhere
     for _ in range(ROUNDS):
-        mean, spread, shift = long_ones(share)
-        seconds = curve(jnp.clip(mean + spread * jnp.array([-1.0, 1.0]), 0.0, f.budget)) + shift
-        pace = short + share * jnp.maximum(jnp.mean(seconds) - short, 0.0)
-        come = x.ranks * u / pace
-        counts = come * jnp.append(seconds, short)  # requests that come in an iteration
-        *again, first = any_come(dispersion(scv, counts), counts)
-        again = 0.5 * (again[0] + again[1])
-        carry = -jnp.expm1(-x.ranks * u * carried / share)
-        again = again + (1.0 - again) * carry
-        found = jnp.clip(first / (1.0 - again + first), f.tokens / f.budget, 1.0 - 1e-6)
+        crowd, _, shift = long_ones(share)
+        seconds = curve(crowd.tokens) + crowd.tokens * x.extra + shift
+        pace = short + share * jnp.maximum(crowd.moments(seconds)[0] - short, 0.0)
+        counts = x.ranks * u / pace * jnp.append(seconds, short)  # requests that come in an iteration
+        come = any_come(dispersion(scv, counts), counts)
+        # a long one is followed by a short one where none comes and the slowest rank, hence any, has no piece to follow
+        quiet = jnp.sum(crowd.chance * (pieces < 1.5) * (1.0 - come[:-1])) / (1.0 - crowd.none)
+        found = jnp.clip(come[-1] / (quiet + come[-1]), f.tokens / f.budget, 1.0 - 1e-6)
         share = jnp.sqrt(share * found)  # it overshoots: longer iterations are fewer in which to arrive
-    mean, spread, shift = long_ones(share)
-    joint = replace(f, anywhere=share, slowest=mean, spread=spread)
+    crowd, mean, shift = long_ones(share)
+    joint = replace(f, anywhere=share, slowest=mean, spread=crowd.moments(crowd.tokens)[1])
     joint, shift = jax.tree.map(lambda many, one: jnp.where(x.ranks > 1, many, one), (joint, shift), (f, 0.0))
-    return joint, shift, crowd_of(share)
+    return joint, shift, crowd
 
 
 __all__ = ["FADE", "Flow", "Slowest", "flow_of", "lockstep", "slowest_of", "together"]
