@@ -118,6 +118,15 @@ def slowest_of(x: Replica, budget: Number, count: Number, ranks: Number) -> Slow
     return Slowest(tokens=tokens, chance=jnp.diff(at_most, prepend=none), none=none)
 
 
+def at_least_one(mean: Number) -> Number:
+    """The Poisson mean y of a number that is `mean` where it is not 0: y/(1 - e^-y), from its limits at 1 and far off."""
+    mean = jnp.maximum(mean, 1.0 + 1e-3)
+    y = mean - 1.0 / mean
+    for _ in range(2):
+        y = -mean * jnp.expm1(-y)
+    return y
+
+
 def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tuple[Flow, Number, Slowest]:
     """Iterations in which any of several ranks prefills, and what the rank with most has then; seconds that the others'
     tokens add to those of the curve.
@@ -130,7 +139,7 @@ def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tup
     each = x.mean(x.prompt) / x.mean(pieces)
 
     def long_ones(share: Number) -> tuple[Slowest, Number, Number]:
-        crowd = slowest_of(x, f.budget, x.ranks * f.tokens / each / share, x.ranks)
+        crowd = slowest_of(x, f.budget, at_least_one(x.ranks * f.tokens / each / share), x.ranks)
         mean = jnp.clip(crowd.moments(crowd.tokens)[0], f.tokens / share, f.budget)
         return crowd, mean, curve.other * (jnp.maximum(x.ranks * f.tokens / share - mean, 0.0) - f.others)
 
