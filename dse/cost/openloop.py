@@ -173,6 +173,7 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
         """More seconds of an iteration that would take `own` on its rank: it takes as long as on the slowest one."""
         return 0.0 if crowd is None else jnp.where(x.ranks > 1, crowd.beyond(theirs, own) + crowded, 0.0)
 
+    unheld = last
     last = last + held_up(last)
     full = full + held_up(full)
     service = x.prompt * full / budget
@@ -216,6 +217,16 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
         utilisation=load,
         stable=load < 1.0,
     )
+    base = (pieces - 1.0) * full + last
+    if crowd is not None:  # ranks differ in what holds them up
+        excess = jnp.maximum(theirs - unheld[:, None], 0.0)
+        held = jnp.sum(excess * crowd.chance, -1)
+        often_held = jnp.sum((excess > 0.0) * crowd.chance, -1)
+        varying = safe_divide(jnp.sum(excess**2 * crowd.chance, -1) * often_held, held**2, otherwise=2.0) - 1.0
+        held = jnp.where(x.ranks > 1, held, 0.0)
+        both_waits = both(joined, replace(joined, mean=held, delayed=jnp.where(x.ranks > 1, often_held, 0.0), scv=varying))
+        joined = jax.tree.map(lambda several, one: jnp.where(x.ranks > 1, several, one), both_waits, joined)
+        base = base - held
 
     # what prompts of others add to the iterations of one answer; those after its own prompt are longer than the mean
     costs = jnp.maximum(mixed - alone + f.slowest * (x.extra - x.mean(x.prompt * x.extra) / prompt), 0.0)
@@ -240,7 +251,7 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
         pace=seen,
         spread=noise + unlike * each**2 + AVERAGED * growth**2 * n / (1.0 - t.elastic) * 0.5 * (1.0 + x.arrival_scv),
         floor=t.floor,
-        base=(pieces - 1.0) * full + last,
+        base=base,
         queue=both(queue, seats),
         chance=chance,
         lasts=lasts,
