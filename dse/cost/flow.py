@@ -31,7 +31,6 @@ class Flow:
     tokens: Number  # prompt tokens, mean
     mix: Number  # of those that carry any
     spread: Number  # their standard deviation, then
-    behind: Number  # share of those that leave prompts behind
     busy: Number  # share of iterations in which a rank prefills
     anywhere: Number  # share in which any rank does
     slowest: Number  # prompt tokens, then, on the rank that has most
@@ -42,7 +41,6 @@ def flow_of(x: Replica, u: Number) -> Flow:
     """As if ranks did not wait for each other: `together` corrects that.
 
     A request in decode meets, beside the mean, itself and the companions of the burst it came in: Var[n]/n of them.
-    Every piece of a prompt but the last fills its iteration, and so do prompts that come together and exceed it.
     """
     n = u * x.mean(x.steps)
     near, _ = companions(x.arrival_scv, n)
@@ -52,8 +50,6 @@ def flow_of(x: Replica, u: Number) -> Flow:
     pieces = pieces_of(x, budget)
     each = x.mean(x.prompt) / x.mean(pieces)
     clustered = dispersion(x.arrival_scv, u)
-    together = u / any_come(clustered, u)
-    rounds = x.mean(pieces) * (1.0 + (together - 1.0) * jnp.minimum(x.mean(x.prompt) / budget, 1.0) ** 2)
     mix = jnp.clip(tokens / any_come(clustered, tokens / each), each, budget)
     sized = x.mean(x.prompt * jnp.minimum(x.prompt, budget)) / x.mean(x.prompt)
     sized = sized + (clustered - 1.0) * jnp.minimum(x.mean(x.prompt), budget)
@@ -67,7 +63,6 @@ def flow_of(x: Replica, u: Number) -> Flow:
         tokens=tokens,
         mix=mix,
         spread=safe_sqrt(jnp.minimum((tokens**2 + tokens * sized) / busy, budget * mix) - mix**2),
-        behind=1.0 - (1.0 - (tokens / budget) ** FADE) / rounds,
         busy=busy,
         anywhere=anywhere,
         slowest=mix,

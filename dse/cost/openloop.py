@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from dse.cost.flow import FADE, Flow, flow_of, lockstep, slowest_of, together
 from dse.cost.iterations import Curve, Replica, curve_of, decode, flights, full_iteration, pieces_of, replica, resident
-from dse.cost.queueing import Moments, Wait, companions, gg1, many_servers
+from dse.cost.queueing import Moments, Wait, any_come, companions, gg1, many_servers
 from dse.cost.types import Number, pytree, replace
 from dse.numerics import safe_divide, safe_sqrt
 
@@ -76,6 +76,7 @@ class Times:
     wide: Number  # standard deviation of mixed ones
     floor: Number  # with one request
     mixed: Number
+    follow: Number  # chance that a prompt leaves others behind its last iteration
     pace: Number  # mean
 
     def rate(self, u: Number) -> Number:
@@ -95,11 +96,11 @@ def times(x: Replica, u: Number) -> Times:
     if lockstep(x):
         f, shift, crowd = together(x, u, f, curve, before)
         curve = replace(curve, seconds=curve.seconds + shift, full=curve.full + shift)
-    left = f.behind * (curve(f.budget) - curve.full)
-    mixed, several = curve(f.slowest) + f.slowest * extra - left, jnp.zeros_like(left)
+    mixed, several, follow = drains(x, u, f, curve, before)
+    mixed = mixed + f.slowest * extra
     if lockstep(x):
-        slowest, several = crowd.moments(curve(crowd.tokens) + crowd.tokens * x.extra)
-        mixed = jnp.where(x.ranks > 1, slowest - left, mixed)
+        slowest, uneven = crowd.moments(curve(crowd.tokens) + crowd.tokens * x.extra)
+        mixed, several = jnp.where(x.ranks > 1, slowest, mixed), jnp.where(x.ranks > 1, uneven, several)
     # A request in decode finds n + Var[n]/n there; more of them are slower, and so stay for longer.
     steady = (1.0 - f.anywhere) * before + f.anywhere * mixed
     high, low = jnp.minimum(f.slowest + f.spread, f.budget), jnp.maximum(f.slowest - f.spread, 0.0)
@@ -120,11 +121,38 @@ def times(x: Replica, u: Number) -> Times:
         growth=growth,
         elastic=jnp.clip(n * growth / ((1.0 - stolen) * pace), 0.0, 0.95),
         stolen=stolen,
-        wide=jnp.minimum(jnp.where(x.ranks > 1, several, steep * f.spread), 0.99 * jnp.maximum(mixed - alone, 0.0)),
+        wide=jnp.minimum(several, 0.99 * jnp.maximum(mixed - alone, 0.0)),
         floor=floor,
         mixed=mixed,
+        follow=follow,
         pace=pace,
     )
+
+
+def drains(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tuple[Number, Number, Number]:
+    """Seconds of iterations with prompts: mean, standard deviation, and the chance that a prompt leaves others behind.
+
+    Those that leave prompts behind are full, and their pipeline stays filled (`Curve.full`). A request leaves nobody in
+    the queue with the chance that a new one finds none there, 1 - busy share of time, and none behind its iteration
+    where those that came in it are not counted; it takes `mix` tokens an iteration, so one in prompt/mix is its last.
+    That holds where prompts are served one by one; where many share an iteration, no more of them are full than if the
+    work were exponential: e^-y, (1 - e^-y)/y = mix/budget, y about budget/mix - mix/budget.
+    """
+    prompt = x.mean(x.prompt)
+    last = jnp.minimum(f.mix / prompt, 1.0)
+    alone = last  # share that leaves nobody behind, at no load
+    least = jnp.minimum(-jnp.expm1(f.mix / f.budget - f.budget / f.mix), last)
+    for _ in range(3):
+        tokens = jnp.clip((f.mix - (1.0 - alone) * f.budget) / alone, 1.0, f.budget)
+        apart = jnp.minimum(f.spread, jnp.minimum(f.budget - tokens, tokens))
+        low, high = curve(tokens - apart), curve(tokens + apart)
+        drained = 0.5 * (low + high)
+        mean = alone * drained + (1.0 - alone) * curve.full
+        pace = (1.0 - f.busy) * short + f.busy * mean
+        nobody = (1.0 - f.busy * mean / pace) / (1.0 - any_come(f.clustered, u * mean / pace))
+        alone = jnp.clip(last * nobody, jnp.maximum(least, 1e-3), last)
+    spread = safe_sqrt(alone * 0.25 * (high - low) ** 2 + alone * (1.0 - alone) * (drained - curve.full) ** 2)
+    return mean, spread, 1.0 - alone / last
 
 
 def rate_at(x: Replica, u: Number) -> Number:
@@ -156,6 +184,7 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     room = jnp.maximum(budget - left, 0.0)
     full = curve.full + budget * x.extra
     last = curve(left) + left * x.extra + (1.0 - f.busy) * x.lone
+    last = last - t.follow * (curve(budget) - curve.full)  # with prompts behind it the pipeline stays filled
     # The iteration that a request finds running; mixed ones are a short and a long kind, by their standard deviation
     stolen, wide = t.stolen, t.wide
     lasts = jnp.stack([alone, mixed - wide, mixed + wide])
