@@ -182,9 +182,9 @@ def pieces_of(x: Replica, budget: Number) -> Number:
 
 @pytree
 class Curve:
-    """Seconds of a mixed iteration against its prompt tokens: straight between the knots, flat below the first."""
+    """Seconds of a mixed iteration against its prompt tokens: straight between the knots."""
 
-    knots: Number  # (k,) tokens
+    knots: Number  # (k,) tokens, from 0: decode only
     seconds: Number  # (k,)
     full: Number  # of one that fills the budget and leaves prompts behind
     other: Number  # more for a prompt token more on other ranks
@@ -199,10 +199,11 @@ def full_iteration(x: Replica, n: Number, budget: Number, others: Number) -> Num
     return _mixed(x, n, budget, others, x.typical, x.first, False, False)
 
 
-def curve_of(x: Replica, n: Number, budget: Number, others: Number) -> Curve:
-    """Of the mean prompt; what a node's own differs by is `x.extra` seconds a token."""
+def curve_of(x: Replica, n: Number, budget: Number, others: Number, without: Number) -> Curve:
+    """Of the mean prompt; what a node's own differs by is `x.extra` seconds a token. `without`: decode only."""
     knots = budget * jnp.array(KNOTS)
     seconds = jax.vmap(lambda tokens: _mixed(x, n, tokens, others, x.typical, x.first, True, False))(knots)
+    knots, seconds = jnp.append(0.0, knots), jnp.append(jnp.minimum(without, seconds[0]), seconds)
     full = full_iteration(x, n, budget, others)
     crowd = (x.ranks - 1.0) * budget
     crowded = _mixed(x, n, budget, others + crowd, x.typical, x.first, False, False)

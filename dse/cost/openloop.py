@@ -86,11 +86,11 @@ class Times:
 def times(x: Replica, u: Number) -> Times:
     f = flow_of(x, u)
     n = f.running
-    curve = curve_of(x, n, f.budget, f.others)
     # Its slope over the requests in decode that come and go: n + sd and, positive, n^2/(n + sd).
     most = n + safe_sqrt(jnp.maximum(f.varied * n, 0.25))
     counts = jnp.stack([n * n / most, n, most, jnp.ones_like(n)])
     less, before, more, floor = x.ratio * jax.vmap(lambda n: decode(x, n))(counts)
+    curve = curve_of(x, n, f.budget, f.others, before)
     growth = (more - less) / (counts[2] - counts[0])
     extra = x.mean(x.prompt * x.extra) / x.mean(x.prompt)
     if lockstep(x):
