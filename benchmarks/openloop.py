@@ -124,7 +124,12 @@ def unseen() -> list[Pair]:
     """Held-out cases; registers their plans and lengths."""
     rng = np.random.default_rng(SEED)
     found = []
-    for regime, cvs in (("one rank", (1.0,)), ("bursts", (1.5, 2.0, 3.0)), ("pipeline", (1.0,)), ("attention DP", (1.0,))):
+    for regime, cvs in (
+        ("one rank", (1.0,)),
+        ("bursts", (1.5, 2.0, 3.0)),
+        ("pipeline", (1.0,)),
+        ("attention DP", (1.0,)),
+    ):
         for i in range(DRAWS):
             plan, lengths = f"{regime} {i}", f"{regime} {i}"
             PLANS[plan] = {**UNSEEN[regime][i % len(UNSEEN[regime])], "chunk": int(2 ** rng.integers(9, 14))}

@@ -141,22 +141,24 @@ def measure(one: Callable[..., Any], batch: tuple[Any, ...]) -> tuple[float, flo
 
 
 def optimum() -> None:
-    """DistServe's OPT-13B on 4 A100, TTFT 200 ms, TPOT 100 ms, P90, for several stand-ins of ShareGPT's lengths."""
+    """DistServe's OPT-13B on 4 A100, TTFT 200 ms, TPOT 100 ms, P90: the authors' lengths, and lognormal ones."""
     found = pl.placements(4)
     print(
         f"distserve placement: {len(found.gpus)} placements of up to 4 GPUs; published: prefill tp2 decode tp1 at 1.56"
     )
     start, searches = time.perf_counter(), 0
+    traces = {"the authors' ShareGPT, 10,000 requests": pl.sharegpt(10_000), "the same, 300": pl.sharegpt(300)}
     for mean_in, mean_out, cv in (
         *((160, 180, 1.0), (200, 250, 1.0), (220, 330, 1.0), (220, 330, 2.0), (400, 250, 1.0)),
         *((600, 200, 1.0), (750, 200, 0.6), (750, 200, 1.0), (900, 200, 1.0), (1100, 200, 1.0)),
     ):
-        trace = pl.sharegpt_like(mean_in, mean_out, cv_in=cv)
+        traces[f"lognormal {mean_in} in (cv {cv:g}), {mean_out} out"] = pl.sharegpt_like(mean_in, mean_out, cv_in=cv)
+    for name, trace in traces.items():
         good = pl.goodput(found, trace, pl.Target())
         i = pl.best(found, good)
         searches += 1
         print(
-            f"  lognormal {mean_in:4d} in (cv {cv:g}), {mean_out} out; sampled means {trace.isl.mean():.0f}/"
+            f"  {name}; sampled means {trace.isl.mean():.0f}/"
             f"{trace.osl.mean():.0f}, P90 in {np.quantile(trace.isl, 0.9):.0f}: prefill tp{found.tp_prefill[i]:g} "
             f"pp{found.pp_prefill[i]:g}, decode tp{found.tp_decode[i]:g} pp{found.pp_decode[i]:g}, "
             f"{good.per_gpu[i]:.2f} req/s/GPU"

@@ -220,3 +220,10 @@ def test_workloads_and_placement(monkeypatch, capsys, tmp_path):
     best = pd.read_csv(tmp_path / "places.csv").iloc[0]
     assert (best.tp_prefill, best.pp_prefill, best.tp_decode, best.pp_decode) == (2, 1, 1, 1)  # as DistServe published
     assert "req_s_gpu" in out
+    code, out, _ = run(monkeypatch, capsys, "placement", "-o", tmp_path / "places.csv")  # the authors' lengths
+    assert code == 0
+    best = pd.read_csv(tmp_path / "places.csv").iloc[0]
+    assert (best.tp_prefill, best.pp_prefill, best.tp_decode, best.pp_decode) == (2, 1, 1, 1)
+    code, _, err = run(monkeypatch, capsys, "placement", "--model", "Llama-3.1-8B")
+    assert code == 2
+    assert "--mean-isl: is missing" in err

@@ -47,8 +47,10 @@ def workloads(
 
 @app.command()
 def placement(
-    mean_isl: Annotated[float, typer.Option(min=4, help="Mean prompt tokens (lognormal).")],
-    mean_osl: Annotated[float, typer.Option(min=4, help="Mean output tokens (lognormal).")],
+    mean_isl: Annotated[
+        float | None, typer.Option(min=4, help="Mean prompt tokens (lognormal); left out: DistServe's ShareGPT.")
+    ] = None,
+    mean_osl: Annotated[float | None, typer.Option(min=4, help="Mean output tokens (lognormal).")] = None,
     model: Annotated[
         str | None, typer.Option(help="Model to place; left out: OPT-13B on A100, by DistServe's own profile.")
     ] = None,
@@ -74,10 +76,15 @@ def placement(
         raise unknown("profile", profile, ("auto", "own", "distserve"), "--profile")
     theirs = profile == "distserve" or (profile == "auto" and model is None)
     compile_cache()
+    if (mean_isl is None) != (mean_osl is None) or (mean_isl is None and not theirs):
+        missing = "--mean-isl" if mean_isl is None else "--mean-osl"
+        raise InputError(
+            f"{missing}: is missing (give both means; only DistServe's profile has lengths of its own)"
+        )
     if theirs:
         if model is not None and model.rsplit("/", 1)[-1].lower() != "opt-13b":
             raise InputError(f"--profile: distserve has a profile of OPT-13B only, not {model} (allowed: own)")
-        if gpus > 64 or mean_isl > 2048 or mean_osl > 2048:
+        if gpus > 64 or (mean_isl or 0.0) > 2048 or (mean_osl or 0.0) > 2048:
             raise InputError(
                 "--profile: distserve takes up to 64 GPUs and 2048 tokens; give --model for the cost model"
             )
@@ -87,8 +94,8 @@ def placement(
             model=model or "OPT-13B",
             gpu=gpu,
             cluster=cluster,
-            mean_isl=mean_isl,
-            mean_osl=mean_osl,
+            mean_isl=mean_isl or 0.0,
+            mean_osl=mean_osl or 0.0,
             gpus=gpus,
             ttft_ms=ttft_ms,
             tpot_ms=tpot_ms,

@@ -114,7 +114,7 @@ def slowest_of(x: Replica, budget: Number, count: Number, ranks: Number) -> Slow
 
 
 def at_least_one(mean: Number) -> Number:
-    """The Poisson mean y of a number that is `mean` where it is not 0: y/(1 - e^-y), from its limits at 1 and far off."""
+    """The Poisson mean y of a number that is `mean` where it is not 0: mean = y/(1 - e^-y), from its two limits."""
     mean = jnp.maximum(mean, 1.0 + 1e-3)
     y = mean - 1.0 / mean
     for _ in range(2):

@@ -9,7 +9,7 @@ from jax.scipy.special import ndtr
 from dse.cost.iterations import decode
 from dse.cost.lengths import Lengths
 from dse.cost.memory import Memory
-from dse.cost.openloop import Point, Replica, Top, both, point, rate_at, replica, times, top
+from dse.cost.openloop import Point, Replica, Top, both, point, rate_at, replica, top
 from dse.cost.queueing import Wait, crossing, quantile, survival
 from dse.cost.shard import Sharded
 from dse.cost.types import Load, Number, pytree, replace

@@ -208,7 +208,9 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     service = x.prompt * full / budget
     if crowd is not None:
         short = jnp.where(x.ranks > 1, last - left / budget * full, 0.0)
-        service = service + jnp.maximum(1.0 - rate * x.mean(service), 0.0) * jnp.maximum(short, 0.0)  # unless another shares it
+        service = service + jnp.maximum(1.0 - rate * x.mean(service), 0.0) * jnp.maximum(
+            short, 0.0
+        )  # unless another shares it
     service = service + laden(x, t, rate, service)
     load = rate * x.mean(service)
 
@@ -253,7 +255,9 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
         often_held = jnp.sum((excess > 0.0) * crowd.chance, -1)
         varying = safe_divide(jnp.sum(excess**2 * crowd.chance, -1) * often_held, held**2, otherwise=2.0) - 1.0
         held = jnp.where(x.ranks > 1, held, 0.0)
-        both_waits = both(joined, replace(joined, mean=held, delayed=jnp.where(x.ranks > 1, often_held, 0.0), scv=varying))
+        both_waits = both(
+            joined, replace(joined, mean=held, delayed=jnp.where(x.ranks > 1, often_held, 0.0), scv=varying)
+        )
         joined = jax.tree.map(lambda several, one: jnp.where(x.ranks > 1, several, one), both_waits, joined)
         base = base - held
 
@@ -332,4 +336,17 @@ def both(a: Wait, b: Wait) -> Wait:
     )
 
 
-__all__ = ["Point", "Replica", "Times", "Top", "both", "most_arrivals", "point", "rate_at", "replica", "resident", "times", "top"]
+__all__ = [
+    "Point",
+    "Replica",
+    "Times",
+    "Top",
+    "both",
+    "most_arrivals",
+    "point",
+    "rate_at",
+    "replica",
+    "resident",
+    "times",
+    "top",
+]

@@ -42,15 +42,21 @@ def methods() -> tuple[str, ...]:
 
 
 def placement_table(
-    mean_isl: float, mean_osl: float, gpus: int = 4, ttft_ms: float = 200.0, tpot_ms: float = 100.0
+    mean_isl: float | None = None,
+    mean_osl: float | None = None,
+    gpus: int = 4,
+    ttft_ms: float = 200.0,
+    tpot_ms: float = 100.0,
 ) -> pd.DataFrame:
-    """DistServe's placements of OPT-13B on up to `gpus` A100, with goodput (requests/s) and L_m, best a GPU first."""
+    """DistServe's placements of OPT-13B on up to `gpus` A100, with goodput (requests/s) and L_m, best a GPU first.
+
+    Lognormal lengths of the given means; without them those of the authors' ShareGPT requests.
+    """
     from dse.published import placement as pl
 
     places = pl.placements(gpus)
-    found = pl.goodput(
-        places, pl.sharegpt_like(mean_isl, mean_osl), pl.Target(ttft=ttft_ms * 1e-3, tpot=tpot_ms * 1e-3)
-    )
+    trace = pl.sharegpt() if mean_isl is None or mean_osl is None else pl.sharegpt_like(mean_isl, mean_osl)
+    found = pl.goodput(places, trace, pl.Target(ttft=ttft_ms * 1e-3, tpot=tpot_ms * 1e-3))
     names = ("pp_across", "tp_prefill", "pp_prefill", "tp_decode", "pp_decode")
     table = pd.DataFrame({name: np.asarray(getattr(places, name)).astype(int) for name in names})
     table = table.assign(
