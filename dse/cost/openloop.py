@@ -208,9 +208,8 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     service = x.prompt * full / budget
     if crowd is not None:
         short = jnp.where(x.ranks > 1, last - left / budget * full, 0.0)
-        service = service + jnp.maximum(1.0 - rate * x.mean(service), 0.0) * jnp.maximum(
-            short, 0.0
-        )  # unless another shares it
+        idle = jnp.maximum(1.0 - rate * x.mean(service), 0.0)  # nobody shares its last iteration
+        service = service + idle * jnp.maximum(short, 0.0)
     service = service + laden(x, t, rate, service)
     load = rate * x.mean(service)
 
@@ -239,7 +238,7 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     beside = jnp.minimum(before + fill * jnp.maximum(1.0 - before / jnp.maximum(room, 1.0), 0.0), room)
     over = some * jnp.exp(-room * some / jnp.maximum(before, 1e-9))  # those before push it over the budget
     beside = curve(left + beside) - curve(left) + beside * x.mean(x.prompt * x.extra) / prompt
-    shared = beside + held_up(last + beside) - held_up(last) + over * alone
+    shared = beside + held_up(unheld + beside) - held_up(unheld) + over * alone
     delayed = jnp.broadcast_to(1.0 - (1.0 - some) ** 2, shared.shape)
     joined = Wait(
         mean=jnp.maximum(shared, 0.0),
@@ -255,10 +254,8 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
         often_held = jnp.sum((excess > 0.0) * crowd.chance, -1)
         varying = safe_divide(jnp.sum(excess**2 * crowd.chance, -1) * often_held, held**2, otherwise=2.0) - 1.0
         held = jnp.where(x.ranks > 1, held, 0.0)
-        both_waits = both(
-            joined, replace(joined, mean=held, delayed=jnp.where(x.ranks > 1, often_held, 0.0), scv=varying)
-        )
-        joined = jax.tree.map(lambda several, one: jnp.where(x.ranks > 1, several, one), both_waits, joined)
+        hold = replace(joined, mean=held, delayed=often_held, scv=varying)
+        joined = jax.tree.map(lambda many, one: jnp.where(x.ranks > 1, many, one), both(joined, hold), joined)
         base = base - held
 
     # what prompts of others add to the iterations of one answer; those after its own prompt are longer than the mean

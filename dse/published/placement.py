@@ -10,7 +10,7 @@ Lengths: `sharegpt` draws from the quantiles of the 300 requests that the author
 of 200 ms allows 1596, so that TP1 prefill can hardly queue, while decode at TP1 is far from its TPOT. Hence the
 published optimum, prefill tp2 and decode tp1, by a third above the next placement. Its rate is 1.8-1.9 requests/s/GPU
 over 10,000 requests and 1.8 +- .2 over 300, as published (1.56, a step of 5/32 of a bisection to .25): one standard
-deviation, for the P90 of 300 prompts is itself known to 6%, and prompts longer by that make it 1.6 to 1.7. That the published
+deviation, for the P90 of 300 prompts is itself known to 6%, and prompts longer by that make it 1.6 to 1.7. That their
 search prices decode with the prefill TP's fit makes no difference: decode does not bind. `sharegpt_like` is a lognormal
 of any means (long prompts, 600-1100, give the same placement at 1.3-2.4; short ones, 200, TP1 prefill at 4-10).
 TPOT's P90 is by Little's law and a Poisson pool, not simulated.
