@@ -138,8 +138,7 @@ def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tup
         mean = jnp.clip(crowd.moments(crowd.tokens)[0], f.tokens / share, f.budget)
         return crowd, mean, curve.other * (jnp.maximum(x.ranks * f.tokens / share - mean, 0.0) - f.others)
 
-    share = f.anywhere
-    for _ in range(ROUNDS):
+    def better(_: Number, share: Number) -> Number:
         crowd, _, shift = long_ones(share)
         seconds = curve(crowd.tokens) + crowd.tokens * x.extra + shift
         pace = short + share * jnp.maximum(crowd.moments(seconds)[0] - short, 0.0)
@@ -148,7 +147,9 @@ def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tup
         # a long one is followed by a short one where none comes and the slowest rank, hence any, has no piece to follow
         quiet = jnp.sum(crowd.chance * (pieces < 1.5) * (1.0 - come[:-1])) / (1.0 - crowd.none)
         found = jnp.clip(come[-1] / (quiet + come[-1]), f.tokens / f.budget, 1.0 - 1e-6)
-        share = jnp.sqrt(share * found)  # it overshoots: longer iterations are fewer in which to arrive
+        return jnp.sqrt(share * found)  # it overshoots: longer iterations are fewer in which to arrive
+
+    share = jax.lax.fori_loop(0, ROUNDS, better, f.anywhere)
     crowd, mean, shift = long_ones(share)
     joint = replace(f, anywhere=share, slowest=mean, spread=crowd.moments(crowd.tokens)[1])
     joint, shift = jax.tree.map(lambda many, one: jnp.where(x.ranks > 1, many, one), (joint, shift), (f, 0.0))

@@ -34,6 +34,7 @@ from dse.cost.types import Number, pytree, replace
 from dse.numerics import safe_divide, safe_sqrt
 
 FULLEST = 0.999  # of the capacity
+ROUNDS = 4
 AVERAGED = 0.74  # 2(e^-1 - 1 + 1): an answer averages over its own length the requests beside it
 
 
@@ -140,18 +141,23 @@ def drains(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tuple
     """
     prompt = x.mean(x.prompt)
     last = jnp.minimum(f.mix / prompt, 1.0)
-    alone = last  # share that leaves nobody behind, at no load
     least = jnp.minimum(-jnp.expm1(f.mix / f.budget - f.budget / f.mix), last)
-    for _ in range(3):
+
+    def kinds(alone: Number) -> tuple[Number, Number, Number]:
         tokens = jnp.clip((f.mix - (1.0 - alone) * f.budget) / alone, 1.0, f.budget)
         apart = jnp.minimum(f.spread, jnp.minimum(f.budget - tokens, tokens))
         low, high = curve(tokens - apart), curve(tokens + apart)
-        drained = 0.5 * (low + high)
-        mean = alone * drained + (1.0 - alone) * curve.full
+        return 0.5 * (low + high), 0.5 * (high - low), alone * 0.5 * (low + high) + (1.0 - alone) * curve.full
+
+    def better(_: Number, alone: Number) -> Number:
+        mean = kinds(alone)[2]
         pace = (1.0 - f.busy) * short + f.busy * mean
         nobody = (1.0 - f.busy * mean / pace) / (1.0 - any_come(f.clustered, u * mean / pace))
-        alone = jnp.clip(last * nobody, jnp.maximum(least, 1e-3), last)
-    spread = safe_sqrt(alone * 0.25 * (high - low) ** 2 + alone * (1.0 - alone) * (drained - curve.full) ** 2)
+        return jnp.clip(last * nobody, jnp.maximum(least, 1e-3), last)
+
+    alone = jax.lax.fori_loop(0, ROUNDS, better, last)  # share that leaves nobody behind; `last`: at no load
+    drained, apart, mean = kinds(alone)
+    spread = safe_sqrt(alone * apart**2 + alone * (1.0 - alone) * (drained - curve.full) ** 2)
     return mean, spread, 1.0 - alone / last
 
 
@@ -208,8 +214,9 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     service = x.prompt * full / budget
     if crowd is not None:
         short = jnp.where(x.ranks > 1, last - left / budget * full, 0.0)
-        idle = jnp.maximum(1.0 - rate * x.mean(service), 0.0)  # nobody shares its last iteration
-        service = service + idle * jnp.maximum(short, 0.0)
+        idle = jnp.maximum(1.0 - rate * x.mean(service), 0.0)  # no backlog fills its last iteration ...
+        once = any_come(f.clustered, u) / u  # ... which those that came together share
+        service = service + idle * once * jnp.maximum(short, 0.0)
     service = service + laden(x, t, rate, service)
     load = rate * x.mean(service)
 
@@ -305,14 +312,15 @@ def laden(x: Replica, t: Times, rate: Number, service: Number) -> Number:
     prompt, steps = x.mean(x.prompt), x.mean(x.steps)
     own = x.prompt * full / budget + (x.steps / steps - x.prompt / prompt) * n * t.growth * prompt / budget
     more = jnp.maximum(own, 0.0) - service
-    share = jnp.zeros_like(rate)
-    for _ in range(4):
+
+    def better(_: Number, share: Number) -> Number:
         s = service + share * more
         mean = x.mean(s)
         idle = jnp.maximum(1.0 - rate * mean, 1e-3)
         lasts = (x.arrival_scv + x.mean(s**2) / mean**2 - 1.0) * prompt / budget / idle**2
-        share = lasts / (2.0 * steps + lasts)
-    return share * more
+        return lasts / (2.0 * steps + lasts)
+
+    return jax.lax.fori_loop(0, ROUNDS, better, jnp.zeros_like(rate)) * more
 
 
 def both(a: Wait, b: Wait) -> Wait:
