@@ -253,7 +253,7 @@ def test_closed_forms_agree_with_the_step_simulator(i: int) -> None:
         at_share(i, LENGTHS, shares, slo=Slo(ttft=SLO.ttft * k, tpot=SLO.tpot * k)).attainment
         for k in (1 - NEAR, 1 + NEAR)
     )
-    ttft, tpot = _simulated(i, found, (0.8, 0.8), 6000, seed=3)
+    ttft, tpot = _simulated(i, found, (0.8, 0.8), 12_000, seed=3)
     for k, allowed in enumerate(AGREES.values()):
         errors = (
             found.ttft[k] / ttft[k].mean() - 1.0,

@@ -87,9 +87,9 @@ class Times:
 def times(x: Replica, u: Number) -> Times:
     f = flow_of(x, u)
     n = f.running
-    # Its slope over the requests in decode that come and go: n + sd and, positive, n^2/(n + sd).
+    # Its slope over the others that a request finds in decode: n + sd and, positive, n^2/(n + sd).
     most = n + safe_sqrt(jnp.maximum(f.varied * n, 0.25))
-    counts = jnp.stack([n * n / most, n, most, jnp.ones_like(n)])
+    counts = jnp.stack([1.0 + n * n / most, n, 1.0 + most, jnp.ones_like(n)])
     less, before, more, floor = x.ratio * jax.vmap(lambda n: decode(x, n))(counts)
     curve = curve_of(x, n, f.budget, f.others, before)
     growth = (more - less) / (counts[2] - counts[0])
