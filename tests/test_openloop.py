@@ -14,6 +14,7 @@ import pytest
 from dse.catalog.coefficients import coefficient_set
 from dse.cost import lengths as dist
 from dse.cost.evaluate import Scenario
+from dse.cost.flow import at_least_one
 from dse.cost.goodput import Arrivals, OpenLoop, Slo, goodput, open_loop
 from dse.cost.lengths import Lengths
 from dse.cost.memory import memory
@@ -266,15 +267,21 @@ def test_closed_forms_agree_with_the_step_simulator(i: int) -> None:
         assert tight[k] - 0.02 <= within <= loose[k] + 0.02
 
 
+def test_pieces_of_iterations_that_have_any() -> None:
+    for mean in (1.0001, 1.05, 1.3, 2.0, 5.0, 30.0):
+        y = float(at_least_one(mean))
+        assert y / -np.expm1(-y) == pytest.approx(max(mean, 1.001), rel=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("i", "burst"), [(0, 2.0), (0, 3.0), (2, 1.5), (2, 3.0), (3, 2.0), (4, 1.0), (5, 1.0), (5, 2.0)]
 )
 def test_bursts_pipelines_and_attention_dp_agree_with_the_step_simulator(i: int, burst: float) -> None:
-    """Means within 20% (bursts), 12% (Poisson); P90 of TTFT within 25%: what is beside the noise of the simulation."""
+    """Means within 20% (bursts), 10% (Poisson); P90 of TTFT within 25%: what is beside the noise of the simulation."""
     shares = np.array([0.2, 0.5, 0.7])
     found = at_share(i, LENGTHS, shares, cv=burst)
     ttft, tpot = _simulated(i, found, (0.8, 0.8), 8000 if burst == 1.0 else 16_000, seed=5, burst=burst)
     errors = [found.ttft / ttft.mean(axis=1) - 1.0, found.tpot / np.nanmean(tpot, axis=1) - 1.0]
-    assert np.all(np.abs(errors) <= (0.12 if burst == 1.0 else 0.2)), np.round(errors, 3)
+    assert np.all(np.abs(errors) <= (0.1 if burst == 1.0 else 0.2)), np.round(errors, 3)
     assert np.all(np.abs(found.ttft_p90 / np.quantile(ttft, 0.9, axis=1) - 1.0) <= 0.25)

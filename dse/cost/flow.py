@@ -156,4 +156,4 @@ def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tup
     return joint, shift, crowd
 
 
-__all__ = ["FADE", "Flow", "Slowest", "flow_of", "lockstep", "slowest_of", "together"]
+__all__ = ["FADE", "Flow", "Slowest", "at_least_one", "flow_of", "lockstep", "slowest_of", "together"]

@@ -276,10 +276,10 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     each = x.mean(extra) / (1.0 - stolen) / x.steps
     seen = pace + wake * (own - pace) + (after + waiting) * each
     varied = 0.5 * (x.arrival_scv + x.mean(x.steps**2) / steps**2 - 1.0)
-    peaked = (1.0 + (x.arrival_scv - 1.0) * x.overlap) / (1.0 - t.elastic) + x.sized
+    peaked = 1.0 + (x.arrival_scv - 1.0) * x.overlap + x.sized
     stays = steps + x.mean(pieces)
     stay = x.mean((x.steps + pieces) * seen)
-    seats = many_servers(rate, x.seats, stay, varied, peaked, stays * most.pace)
+    seats = many_servers(rate, x.seats, stay, varied, peaked, stays * most.pace, t.elastic)
     return Point(
         rate=rate,
         running=n,
