@@ -144,8 +144,8 @@ def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tup
         pace = short + share * jnp.maximum(crowd.moments(seconds)[0] - short, 0.0)
         counts = x.ranks * u / pace * jnp.append(seconds, short)  # requests that come in an iteration
         come = any_come(dispersion(scv, counts), counts)
-        # a long one is followed by a short one where none comes and the slowest rank, hence any, has no piece to follow
-        quiet = jnp.sum(crowd.chance * (pieces < 1.5) * (1.0 - come[:-1])) / (1.0 - crowd.none)
+        # a short one follows where none comes and the slowest rank, hence any, has a last piece
+        quiet = jnp.sum(crowd.chance / pieces * (1.0 - come[:-1])) / (1.0 - crowd.none)
         found = jnp.clip(come[-1] / (quiet + come[-1]), f.tokens / f.budget, 1.0 - 1e-6)
         return jnp.sqrt(share * found)  # it overshoots: longer iterations are fewer in which to arrive
 

@@ -185,8 +185,8 @@ def many_servers(
 ) -> Wait:
     """G/G/K with K slots: Halfin and Whitt's delay probability 1/(1 + b F(b)/f(b)), b = 2(1 - sqrt r) sqrt(K/z), and a
     wait of E[S]/(K(1-r)) (ca^2+cs^2)/2 for those that wait (`scv` is that half sum). z: variance over mean of the
-    number that would be there if slots never ran out (Whitt's peakedness; 1 for Poisson arrivals). (1-r) sqrt(K) of the limit
-    is taken on the scale on which Poisson numbers vary alike (Anscombe), which keeps to Erlang's C off the limit.
+    number that would be there if slots never ran out (Whitt's peakedness; 1 for Poisson arrivals). (1-r) sqrt(K) of the
+    limit is taken on the scale on which Poisson numbers vary alike (Anscombe), which keeps to Erlang's C off the limit.
 
     Servers that slow each other down: `elastic` is the relative change of the service time with those there, so that
     their number varies by z/(1 - elastic) below K; `crowded` the service time with all K at work (r'), above which
