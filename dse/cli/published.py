@@ -78,9 +78,7 @@ def placement(
     compile_cache()
     if (mean_isl is None) != (mean_osl is None) or (mean_isl is None and not theirs):
         missing = "--mean-isl" if mean_isl is None else "--mean-osl"
-        raise InputError(
-            f"{missing}: is missing (give both means; only DistServe's profile has lengths of its own)"
-        )
+        raise InputError(f"{missing}: is missing (give both means; only DistServe's profile has lengths of its own)")
     if theirs:
         if model is not None and model.rsplit("/", 1)[-1].lower() != "opt-13b":
             raise InputError(f"--profile: distserve has a profile of OPT-13B only, not {model} (allowed: own)")
