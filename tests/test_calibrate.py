@@ -293,7 +293,10 @@ def test_a_few_runs_of_a_new_machine_move_only_what_was_asked(measured):
     chosen = few_shot(runs.iloc[::3], PLANTED, ["memory", "step_overhead"])
     assert chosen.base == PLANTED.base
     assert set(chosen.factors["gpu"]) == {"h200"}
-    assert chosen.of("hopper", "h200").memory == pytest.approx(0.6, rel=0.08)
+    for engine in ("vllm", "sglang"):
+        keys = ("hopper", "h200", engine, "", "Llama-3.1-8B", deployment_key(engine, "", "Llama-3.1-8B", "h200"))
+        assert chosen.of(*keys).memory == pytest.approx(0.6, rel=0.08)
+    assert chosen.of("hopper", "h200").memory == pytest.approx(0.6, rel=0.1)  # two alike: most of it is the machine's
     after = estimate_cases(cases, chosen)["tpot_ms"].astype(float).to_numpy()
     np.testing.assert_allclose(after, truth["tpot_ms"].astype(float), rtol=0.08)
     with pytest.raises(InputError, match="memroy"):
@@ -325,7 +328,7 @@ def test_unseen_series_and_steps_of_measured_data(everything):
 @needs_data
 def test_ten_runs_of_a_gpu_left_out_tell_something():
     """A set that never saw a GPU, ten of its runs drawn with several seeds: the rest is predicted better where the set
-    is far off (H200, 24% off), and no worse than by a percent where it is not (B200, 10% off)."""
+    is far off (H200, 23% off), and no worse than by half a percent where it is not (B200, 10% off)."""
     table = pd.read_csv(SHARED / "serving_calibration.csv", dtype=str)
     table = table[table["speculation"] == "no"].reset_index(drop=True)
     gains = {}
@@ -337,8 +340,8 @@ def test_ten_runs_of_a_gpu_left_out_tell_something():
             rest = own.drop(drawn.index)
             gains[gpu, seed] = tpot_error(rest, known) - tpot_error(rest, few_shot(drawn, known))
     mean = {gpu: np.mean([g for (where, _), g in gains.items() if where == gpu]) for gpu in ("h200", "b200")}
-    assert mean["h200"] > 0.0, gains
-    assert mean["b200"] > -0.01, gains
+    assert mean["h200"] > 0.01, gains
+    assert mean["b200"] > -0.005, gains
 
 
 def tpot_error(rows: pd.DataFrame, chosen: CoefficientSet) -> float:

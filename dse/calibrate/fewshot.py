@@ -1,4 +1,8 @@
-"""A machine that nobody measured, from about ten runs: two or three numbers of it, everything else as the set says."""
+"""A machine that nobody measured, from about ten runs: two or three numbers of it, everything else as the set says.
+
+Each number is the machine's and, within narrower bounds, each deployment's own (a model under an engine): what one
+model's runs show beside the others' stays with it.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +23,20 @@ from dse.errors import InputError, unknown
 
 Array = np.ndarray
 # What differs most between machines: how fast memory really is, the gaps between kernels, what a step waits for.
+USUAL = ("memory", "kernel_decode", "step_overhead")
 # How far a new machine may differ from what is known, as shares of what was doubtful before any run: far more than the
 # machines of a joint fit, whose rows are many and whose models differ too.
 NEW_MACHINE = {"rate": 0.9, "launch": 0.3, "schedule": 0.3, "network": 0.5, "admission": 0.7, "setting": 1.0}
-USUAL = ("memory", "kernel_decode", "step_overhead")
+SPREAD = {"gpu": 1.0, "deployment": 0.7}  # of that, at each level
 
 
 def few_shot(
     tables: Tables | pd.DataFrame, known: CoefficientSet, only: Sequence[str] = USUAL, name: str = "few-shot"
 ) -> CoefficientSet:
-    """`known` with the coefficients `only` fitted anew for each GPU of the tables, as factors at the GPU's level.
+    """`known` with the coefficients `only` fitted anew for each GPU of the tables and each deployment on it.
 
-    Their prior is what `known` says of the case, as wide as machines may differ. Robust as the whole fit is.
+    They are factors at these two levels. Their prior is what `known` says of the case, as wide as machines may
+    differ. Robust as the whole fit is.
     InputError: a coefficient that is not fitted, rows that cannot serve.
     """
     names = [f.name for f in FREE]
@@ -40,15 +46,19 @@ def few_shot(
     if not only:
         raise InputError(f"--only: is empty; name coefficients such as {','.join(USUAL)}")
     sources = sources_of(tables, rest=known)
-    gpus = sorted({gpu for s in sources for gpu in s.labels["gpu"]})
+    found_at = {level: sorted({key for s in sources for key in s.labels[level]} - {""}) for level in SPREAD}
     place = np.array([names.index(one) for one in only])
-    spread = np.array([NEW_MACHINE[FREE[i].kind] * FREE[i].doubt for i in place])
     logs = [_logs(s, known, names) for s in sources]
-    which = [np.array([gpus.index(gpu) for gpu in s.labels["gpu"]]) for s in sources]
+    blocks = [(level, key) for level, keys in found_at.items() for key in keys]
+    doubt = np.array([NEW_MACHINE[FREE[i].kind] * FREE[i].doubt for i in place])
+    wide = np.array([SPREAD[level] for level, _ in blocks])[:, None] * doubt  # (blocks, only)
+    own = [
+        np.array([[s.labels[level][i] == key for level, key in blocks] for i in range(len(s))], float) for s in sources
+    ]
 
     def moved(i: int, x: Array) -> Array:
         shifted = logs[i].copy()
-        shifted[:, place] += (x.reshape(len(gpus), -1) * spread)[which[i]]
+        shifted[:, place] += own[i] @ (x.reshape(wide.shape) * wide)
         return shifted
 
     def residuals(x: Array) -> Array:
@@ -61,23 +71,27 @@ def few_shot(
     def jacobian(x: Array) -> Array:
         parts = [np.eye(len(x))]
         for i, s in enumerate(sources):
-            slope = s.slopes(moved(i, x))[:, :, place] * (spread / s.scale[:, None]) * np.sqrt(s.weight)
-            blocks = slope[:, :, None, :] * np.eye(len(gpus))[which[i]][:, None, :, None]
-            parts.append(blocks.reshape(*slope.shape[:2], -1)[np.isfinite(s.measured)])
+            slope = s.slopes(moved(i, x))[:, :, place] / s.scale[:, None] * np.sqrt(s.weight)
+            whole = slope[:, :, None, :] * (own[i][:, :, None] * wide)[:, None]
+            parts.append(whole.reshape(*slope.shape[:2], -1)[np.isfinite(s.measured)])
         return np.concatenate(parts)
 
-    found = least_squares(residuals, np.zeros(len(gpus) * len(place)), jac=jacobian, loss="soft_l1")
-    factors = np.exp(found.x.reshape(len(gpus), -1) * spread)
+    best = least_squares(residuals, np.zeros(wide.size), jac=jacobian, loss="soft_l1").x
+    fitted = dict(zip(blocks, np.exp(best.reshape(wide.shape) * wide), strict=True))
+    factors = {
+        level: _times(known.factors.get(level, {}), only, {key: fitted[level, key] for key in keys})
+        for level, keys in found_at.items()
+    }
     rows = sum(len(s) for s in sources)
     return replace(
         known,
         name=name,
-        factors={**known.factors, "gpu": _times(known.factors.get("gpu", {}), gpus, only, factors)},
+        factors={**known.factors, **factors},
         about={
             "date": date.today().isoformat(),
             "from": known.name,
             "rows": rows,
-            "fitted": {gpu: dict(zip(only, np.round(f, 4).tolist(), strict=True)) for gpu, f in zip(gpus, factors)},
+            "fitted": {key: dict(zip(only, np.round(f, 4).tolist(), strict=True)) for (_, key), f in fitted.items()},
         },
     )
 
@@ -90,11 +104,11 @@ def _logs(s: Source, known: CoefficientSet, names: Sequence[str]) -> Array:
 
 
 def _times(
-    old: Mapping[str, Mapping[str, float]], gpus: Sequence[str], only: Sequence[str], factors: Array
+    old: Mapping[str, Mapping[str, float]], only: Sequence[str], factors: Mapping[str, Array]
 ) -> dict[str, dict[str, float]]:
-    result = {gpu: dict(table) for gpu, table in old.items()}
-    for gpu, values in zip(gpus, factors, strict=True):
-        table = result.setdefault(gpu, {})
+    result = {key: dict(table) for key, table in old.items()}
+    for key, values in factors.items():
+        table = result.setdefault(key, {})
         for name, value in zip(only, values, strict=True):
             table[name] = float(f"{table.get(name, 1.0) * value:.5g}")
     return result
