@@ -224,6 +224,40 @@ def test_a_program_is_taken_down_before_it_runs(store: Store) -> None:
     assert np.asarray(kept(B)).tolist() == told.tolist() == sorted(B)
 
 
+SOLVER = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from dse.program_store import open_store
+store, args = open_store(Path(sys.argv[1])), (np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([1.0, 2.0]))
+name = store.name("solve")
+made = store.read(name, jax.tree.structure((args, {})))
+print("read" if made else "compiled")
+if not made:
+    made = jax.jit(jax.numpy.linalg.solve).lower(*args).compile()
+    store.write(name, made)
+print(np.asarray(made(*args)).tobytes().hex())
+"""
+
+
+def test_a_program_that_calls_lapack_finds_it_in_another_process(tmp_path: Path) -> None:
+    own = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
+    command = [sys.executable, "-c", SOLVER, str(tmp_path / "kept")]
+    told = [
+        subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)
+    ]
+    assert [how for how, _ in told] == ["compiled", "read"]
+    assert told[0][1] == told[1][1]
+
+
+def test_a_program_that_calls_a_function_of_the_process_is_not_kept(store: Store) -> None:
+    def called(a: Any) -> Any:
+        return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((3,), np.float32), a)
+
+    store.write(store.name("callback"), jax.jit(called).lower(A.astype(np.float32)).compile())
+    assert files(store) == []
+
+
 def test_where_programs_cannot_be_kept_safely_none_are(opened: Any, tmp_path: Path, monkeypatch: Any) -> None:
     kept = tmp_path / "kept"
     assert opened() is not None
