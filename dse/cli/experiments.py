@@ -39,7 +39,8 @@ def diagnose(
     )
     base = found.flagged[found.flagged["level"] == "base"]
     if len(base):
-        show_table("flagged at the base", dicts(base.drop(columns=["level", "key"]).round(4)), False)
+        numbers = {name: base[name].map("{:.4g}".format) for name in ("value", "prior", "prior_sd", "sd")}
+        show_table("flagged at the base", dicts(base.drop(columns=["level", "key"]).assign(**numbers)), False)
     show_table("errors by bucket", dicts(found.buckets), False)
     if len(found.worst):
         shown = ("model", "gpu", "engine", "isl", "osl", "concurrency", "standard_deviations", "cause")
