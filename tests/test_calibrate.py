@@ -258,6 +258,19 @@ def test_a_set_round_trips_and_pools():
     assert known == "x: hopper, h100, vllm, vllm 0.15.1, Llama-2-70B, vllm 0.15.1 Llama-2-70B h100"
 
 
+def test_what_a_set_says_of_an_engine_goes_before_the_engines_defaults():
+    """Published kernels of TensorRT-LLM on Blackwell stand in for a pooled base, not for what was said of the engine."""
+    keys = ("blackwell", "b200", "trtllm")
+    pooled = CoefficientSet("pooled", base={"link_dispatch": 0.6}, factors={"gpu": {"b200": {"link_dispatch": 1.1}}})
+    assert pooled.of(*keys).link_dispatch == CoefficientSet("physics").of(*keys).link_dispatch == 0.8
+    assert pooled.of("blackwell", "b200", "vllm").link_dispatch == pytest.approx(0.66)
+    own = replace(pooled, factors={"engine": {"trtllm": {"link_dispatch": 1.2}}})
+    assert own.of(*keys).link_dispatch == pytest.approx(0.72)
+    by_hand = CoefficientSet("mine", base={"link_dispatch": 0.5, "transfer_base": 0.02})
+    assert (by_hand.of(*keys).link_dispatch, by_hand.of(*keys).transfer_base) == (0.5, 0.02)
+    assert pooled.of(*keys).transfer_base == 0.1
+
+
 @pytest.mark.parametrize(
     ("engine", "version", "key"),
     [

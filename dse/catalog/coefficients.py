@@ -81,13 +81,21 @@ class CoefficientSet:
     ) -> Coefficients:
         """The coefficients of one case; unknown keys have no factor. See `version_key`, `deployment_key`."""
         values = {name: getattr(Coefficients(), name) for name in _NAMES} | dict(self.base)
-        for level, key in zip(LEVELS, (generation, gpu, engine, version, model, deployment), strict=True):
+        keys = dict(zip(LEVELS, (generation, gpu, engine, version, model, deployment), strict=True))
+        for level, key in keys.items():
             for name, factor in self.factors.get(level, {}).get(key, {}).items():
                 values[name] = values[name] * factor
-        values |= ENGINE_DEFAULTS.get((generation, engine), {}) | (HANDOFF if engine in HANDED_ON else {})
+        defaults = ENGINE_DEFAULTS.get((generation, engine), {}) | (HANDOFF if engine in HANDED_ON else {})
+        values |= {name: value for name, value in defaults.items() if not self._says(name, keys)}
         for name, (low, high) in BOUNDS.items() if self.factors else ():
             values[name] = min(max(values[name], low), high)
         return Coefficients(**values)
+
+    def _says(self, name: str, keys: Mapping[str, str]) -> bool:
+        """Whether the set speaks of a coefficient under this engine: at its levels, or in a base not pooled over all."""
+        pooled = bool(self.factors) and name in ONE_SIDED
+        own = (self.factors.get(level, {}).get(keys[level], {}) for level in ("engine", "version", "deployment"))
+        return (name in self.base and not pooled) or any(name in table for table in own)
 
     def known(self, **keys: str) -> str:
         """The set and the levels that spoke (arguments of `of`): `measured: hopper, h100, vllm, vllm 0.15.1`."""
