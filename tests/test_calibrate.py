@@ -259,7 +259,7 @@ def test_a_set_round_trips_and_pools():
 
 
 def test_what_a_set_says_of_an_engine_goes_before_the_engines_defaults():
-    """Published kernels of TensorRT-LLM on Blackwell stand in for a pooled base, not for what was said of the engine."""
+    """Published kernels of TensorRT-LLM on Blackwell stand in for a pooled base, not for what is said of the engine."""
     keys = ("blackwell", "b200", "trtllm")
     pooled = CoefficientSet("pooled", base={"link_dispatch": 0.6}, factors={"gpu": {"b200": {"link_dispatch": 1.1}}})
     assert pooled.of(*keys).link_dispatch == CoefficientSet("physics").of(*keys).link_dispatch == 0.8

@@ -92,7 +92,7 @@ class CoefficientSet:
         return Coefficients(**values)
 
     def _says(self, name: str, keys: Mapping[str, str]) -> bool:
-        """Whether the set speaks of a coefficient under this engine: at its levels, or in a base not pooled over all."""
+        """Whether the set speaks of a coefficient under this engine: at its levels, or in a base that is not pooled."""
         pooled = bool(self.factors) and name in ONE_SIDED
         own = (self.factors.get(level, {}).get(keys[level], {}) for level in ("engine", "version", "deployment"))
         return (name in self.base and not pooled) or any(name in table for table in own)
