@@ -13,12 +13,12 @@ from dse import cli
 from dse.calibrate.fewshot import few_shot
 from dse.calibrate.fit import cross_validate, fit, folds, predictions
 from dse.calibrate.observations import SERIES, read_serving
-from dse.calibrate.parameters import FREE, Layout
+from dse.calibrate.parameters import Layout
 from dse.calibrate.read import read_files
-from dse.calibrate.run import accuracy, calibrate, to_yaml
+from dse.calibrate.run import accuracy, calibrate
 from dse.calibrate.sources import Source, series
 from dse.calibrate.steps import read_steps
-from dse.catalog.coefficients import LEVELS, CoefficientSet, coefficient_set, deployment_key, read, shipped, version_key
+from dse.catalog.coefficients import CoefficientSet, coefficient_set, deployment_key
 from dse.errors import InputError
 from dse.space.cases import estimate_cases
 from dse.space.steps import estimate_steps
@@ -144,7 +144,10 @@ def test_the_information_is_that_of_the_whole_jacobian(serving):
     slopes = serving.slopes(problem.logs(0, theta)) / serving.scale[:, None]
     dense = np.einsum("nb,nkf->nkbf", problem.designs[0], slopes).reshape(-1, layout.size)
     robust = 1.0 / np.sqrt(1.0 + problem.errors(0, theta).ravel() ** 2)
-    np.testing.assert_allclose(problem.information(theta), dense.T @ (dense * robust[:, None]), rtol=1e-9, atol=1e-9)
+    information = problem.information(theta)
+    np.testing.assert_allclose(information, dense.T @ (dense * robust[:, None]), rtol=1e-9, atol=1e-9)
+    some = rng.permutation(layout.size)[:40]
+    np.testing.assert_allclose(problem.information(theta, some), information[np.ix_(some, some)], rtol=1e-12)
     value, slope = problem.objective(x)
     along = rng.standard_normal(layout.size)
     step = 1e-6
@@ -237,66 +240,6 @@ def test_a_step_reads_no_time_and_takes_longer_with_more_work():
 # ------------------------------------------------------------------------------------------------- sets
 
 
-def test_a_set_round_trips_and_pools():
-    layout = Layout.of(
-        [
-            {"generation": ["hopper"], "gpu": ["h100"], "engine": ["vllm", ""], "version": ["vllm 0.15.1", ""]}
-            | {"model": ["Llama-2-70B", ""], "deployment": ["vllm 0.15.1 Llama-2-70B h100", ""]}
-        ]
-    )
-    assert layout.size == len(FREE) * 7
-    theta = layout.centre() + np.linspace(-0.1, 0.1, layout.size)
-    chosen = layout.to_set(theta, "x", {"rows": 1})
-    again = read("x", "x.yaml", to_yaml(chosen))
-    assert again.base == dict(chosen.base)
-    case = ("hopper", "h100", "vllm", "vllm 0.15.1", "Llama-2-70B", "vllm 0.15.1 Llama-2-70B h100")
-    assert again.of(*case) == chosen.of(*case)
-    assert len({again.of(*case[:levels]) for levels in range(len(case) + 1)}) == 7
-    assert again.of("blackwell", "b200", "new-engine") == again.of()
-    assert again.known(generation="hopper", gpu="h100", engine="sglang") == "x: hopper, h100"
-    known = again.known(**dict(zip(LEVELS, case, strict=True)))
-    assert known == "x: hopper, h100, vllm, vllm 0.15.1, Llama-2-70B, vllm 0.15.1 Llama-2-70B h100"
-
-
-def test_what_a_set_says_of_an_engine_goes_before_the_engines_defaults():
-    """Published kernels of TensorRT-LLM on Blackwell stand in for a pooled base, not for what is said of the engine."""
-    keys = ("blackwell", "b200", "trtllm")
-    pooled = CoefficientSet("pooled", base={"link_dispatch": 0.6}, factors={"gpu": {"b200": {"link_dispatch": 1.1}}})
-    assert pooled.of(*keys).link_dispatch == CoefficientSet("physics").of(*keys).link_dispatch == 0.8
-    assert pooled.of("blackwell", "b200", "vllm").link_dispatch == pytest.approx(0.66)
-    own = replace(pooled, factors={"engine": {"trtllm": {"link_dispatch": 1.2}}})
-    assert own.of(*keys).link_dispatch == pytest.approx(0.72)
-    by_hand = CoefficientSet("mine", base={"link_dispatch": 0.5, "transfer_base": 0.02})
-    assert (by_hand.of(*keys).link_dispatch, by_hand.of(*keys).transfer_base) == (0.5, 0.02)
-    assert pooled.of(*keys).transfer_base == 0.1
-
-
-@pytest.mark.parametrize(
-    ("engine", "version", "key"),
-    [
-        ("vllm", "0.15.1", "vllm 0.15.1"),
-        ("sglang", "v0.5.9.post2", "sglang 0.5.9"),
-        ("vllm", "0.15", "vllm 0.15.0"),
-        ("trtllm", "1.0.0rc3", "trtllm 1.0.0"),
-        ("vllm", "nightly-5b8", ""),
-        ("", "1.2", ""),
-    ],
-)
-def test_versions_are_keys_by_three_numbers(engine, version, key):
-    assert version_key(engine, version) == key
-
-
-def test_shipped_sets_say_where_they_are_from():
-    assert "measured" in shipped()
-    best = coefficient_set()
-    assert best.name == "measured"
-    assert {"date", "data", "rows", "error_in_sample"} <= set(best.about)
-    for level, table in best.factors.items():
-        assert level in LEVELS
-        found = [(name, f) for values in table.values() for name, f in values.items()]
-        assert all(0.05 < f < 20 for name, f in found if name != "idle_seats")  # which is none or one
-
-
 def test_a_few_runs_of_a_new_machine_move_only_what_was_asked(measured):
     """Ten runs on a GPU whose memory is slower than its data sheet; the rest of the set stays as it is."""
     slower = CoefficientSet("slower", base={**PLANTED.base, "memory": 0.6}, factors=PLANTED.factors)
@@ -327,12 +270,18 @@ def everything():
 @pytest.mark.slow
 @needs_data
 def test_unseen_series_and_steps_of_measured_data(everything):
-    """The gate holds what was reached (asked of TPOT: 8% mean, 5% median; of steps: 3% and 5%)."""
+    """The gate holds what was reached, which is less than was asked (of TPOT 8% mean, 5% median, 11 and 8% with a GPU
+    left out, 14 and 9% of a model; of TTFT 25 and 15%; of steps 3 and 5%)."""
     result = accuracy(everything).table.set_index("split")
-    assert result.loc["unseen series", "tpot_mean"] <= 0.085
-    assert result.loc["unseen series", "tpot_median"] <= 0.06
-    assert result.loc["a GPU left out", "tpot_mean"] <= 0.175
-    assert result.loc["a model left out", "tpot_mean"] <= 0.21
+    for split, metric, mean, median in (
+        ("unseen series", "tpot", 0.072, 0.05),
+        ("a GPU left out", "tpot", 0.112, 0.082),
+        ("a model left out", "tpot", 0.12, 0.09),
+        ("unseen series", "ttft", 0.25, 0.15),
+    ):
+        reached = result.loc[split, f"{metric}_mean"], result.loc[split, f"{metric}_median"]
+        assert reached[0] <= mean, (split, metric, reached)
+        assert reached[1] <= median, (split, metric, reached)
     assert result.loc["random folds", "cycle_mean"] <= 0.035
     assert result.loc["an experiment left out", "cycle_mean"] <= 0.05
 

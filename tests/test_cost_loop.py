@@ -110,6 +110,25 @@ def test_one_request_at_a_time_waits_for_none() -> None:
     np.testing.assert_allclose(got["served.queue"] / got["ttft"], 0, atol=1e-9)
 
 
+def test_a_client_without_a_seat_waits_for_one_of_the_others() -> None:
+    """Little's law: of n clients one always waits, so each waits 1/n of its whole time; decode is as it was."""
+    n = np.linspace(2, 64, ROWS)
+    load = {"concurrency": n, "isl": 500.0, "osl": 200.0}
+    free, short = (loop(load, {**STEADY, "idle_seats": seats}) for seats in (0.0, 1.0))
+    np.testing.assert_allclose(short["ttft"] - free["ttft"], short["e2e"] / n, rtol=1e-9)
+    np.testing.assert_allclose(short["tpot"], free["tpot"])
+
+
+def test_an_engine_that_schedules_ahead_takes_steps_like_a_prompts_own() -> None:
+    """In company only: each turn more is another step as long as the one that computes the prompt."""
+    load = {"concurrency": np.linspace(2, 64, ROWS), "isl": 500.0, "osl": 200.0}
+    one, two, three = (loop(load, {**STEADY, "turns": turns})["ttft"] for turns in (1.0, 2.0, 3.0))
+    np.testing.assert_allclose(three - two, two - one)
+    own = loop({**load, "concurrency": 1.0}, STEADY)["ttft"]
+    assert (two - one > 0.9 * own).all()
+    np.testing.assert_allclose(loop({**load, "concurrency": 1.0}, {**STEADY, "turns": 3.0})["ttft"], own)
+
+
 def test_a_saturated_prefill_obeys_littles_law() -> None:
     """N = throughput x residence, where the steps' own throughput of tokens is what each request needs of them."""
     isl, osl, n = 4000.0, 64.0, np.linspace(150, 600, ROWS)
