@@ -270,7 +270,7 @@ def everything():
 @pytest.mark.slow
 @needs_data
 def test_unseen_series_and_steps_of_measured_data(everything):
-    """The gate holds what was reached, which is less than was asked (of TPOT 8% mean, 5% median, 11 and 8% with a GPU
+    """The gate holds what was reached (asked: of TPOT 8% mean, 5% median, 11 and 8% with a GPU
     left out, 14 and 9% of a model; of TTFT 25 and 15%; of steps 3 and 5%)."""
     result = accuracy(everything).table.set_index("split")
     for split, metric, mean, median in (
