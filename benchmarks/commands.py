@@ -9,6 +9,7 @@ the same to the last byte. `--source` times another checkout of dse as well, tur
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path)
     arguments = parser.parse_args()
     sources = {"": HERE} | ({f" ({arguments.source})": arguments.source.resolve()} if arguments.source else {})
+    ways = [(label, source, True) for label, source in sources.items()] + [("", HERE, False)]
     failed = []
     for name in arguments.names or COMMANDS:
         seconds: dict[str, list[float]] = {}
@@ -65,16 +67,14 @@ def main() -> None:
         told: dict[str, set[tuple[bytes, ...]]] = {}
         with tempfile.TemporaryDirectory() as place:
             for n in range(arguments.rounds):
-                for label, source in sources.items():
-                    for keep in (True, False) if not label else (True,):
-                        folder = Path(place, f"{n}{keep}{len(label)}")
-                        folder.mkdir()
-                        for turn in ("cold", "warm"):
-                            took, cpu, tables = timed(name, source, folder / "cache", folder, keep)
-                            which = f"{turn if keep else f'{turn}, off'}{label}"
-                            seconds.setdefault(which, []).append(took)
-                            worked.setdefault(which, []).append(cpu)
-                            told.setdefault(label, set()).add(tuple(tables))
+                for (label, source, keep), turn in itertools.product(ways, ("cold", "warm")):
+                    folder = Path(place, f"{n}{keep}{len(label)}")
+                    folder.mkdir(exist_ok=True)
+                    took, cpu, tables = timed(name, source, folder / "cache", folder, keep)
+                    which = f"{turn if keep else f'{turn}, off'}{label}"
+                    seconds.setdefault(which, []).append(took)
+                    worked.setdefault(which, []).append(cpu)
+                    told.setdefault(label, set()).add(tuple(tables))
         load = os.getloadavg()[0]
         for which, times in seconds.items():
             each = ", ".join(f"{t:.1f}" for t in times)

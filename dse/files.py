@@ -137,6 +137,23 @@ def _readable(path: Path, what: str) -> None:
         raise InputError(f"{path}: does not exist; give {what}")
 
 
+def yaml_text(path: Path, remedy: str = "give a YAML file") -> str:
+    """The text of a YAML file that a person gives, not nested too deeply; one InputError where there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); {remedy}") from None
+    refuse_deep_yaml(text, str(path))
+    return text
+
+
+def load_yaml(text: str) -> Any:
+    """A YAML text as plain data, by the C loader where there is one. Raises yaml.YAMLError."""
+    import yaml
+
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def refuse_deep_yaml(text: str, where: str) -> None:
     """Raises InputError where a YAML text nests deeper than DEEPEST: its loader recurses, and the C one crashes."""
     import yaml
@@ -171,9 +188,11 @@ def _unwritable(path: Path, error: Exception) -> InputError:
 __all__ = [
     "atomic_write",
     "atomic_write_all",
+    "load_yaml",
     "output_directory",
     "output_file",
     "read_csv",
     "read_parquet",
     "refuse_deep_yaml",
+    "yaml_text",
 ]

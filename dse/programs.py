@@ -113,6 +113,11 @@ def by_size(kernel: Callable[..., Any]) -> Callable[[Any], Any]:
     return call
 
 
+def derivative(kernel: Callable[..., Any], *args: Any) -> Any:
+    """The Jacobian of a kernel by its first argument: itself a kernel, of which the other is a static argument."""
+    return jax.jacfwd(kernel)(*args)
+
+
 # --------------------------------------------------------------------------------------- keeping programs
 
 
@@ -169,4 +174,4 @@ def _found(value: Any) -> Any:
     return getattr(sys.modules.get(value.__module__), value.__qualname__, None) if own else None
 
 
-__all__ = ["EFFORTS", "LARGE", "QUICK", "Effort", "by_size", "keep_in", "plain", "program", "quick"]
+__all__ = ["EFFORTS", "LARGE", "QUICK", "Effort", "by_size", "derivative", "keep_in", "plain", "program", "quick"]

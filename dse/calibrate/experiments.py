@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +25,7 @@ from dse.catalog.coefficients import LEVELS, CoefficientSet, coefficient_set
 from dse.catalog.uncertainty import BASE, Block, Uncertainty
 from dse.cost.evaluate import estimate
 from dse.errors import InputError, unknown
-from dse.programs import quick
+from dse.programs import derivative, quick
 from dse.space.cases import Case, parse_cases, scenarios_of
 
 Array = np.ndarray
@@ -156,11 +155,7 @@ def read_candidates(table: pd.DataFrame, known: CoefficientSet) -> Candidates:
 
 
 # As `sources.compiled`, but of scenarios that are arguments: one program serves every table of a size.
-def _slope(logs: Any, scenario: Any) -> Any:
-    return jax.jacfwd(log_ttft_tpot)(logs, scenario)
-
-
-_gradient = quick(_slope, in_axes=0)
+_gradient = quick(derivative, log_ttft_tpot, in_axes=0)
 
 
 def _slopes(cases: Sequence[Case], known: CoefficientSet) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from dse.calibrate.parameters import FREE
+from dse.calibrate.parameters import FREE, Layout
 from dse.calibrate.read import Tables
 from dse.calibrate.run import sources_of
 from dse.calibrate.sources import Source
@@ -46,15 +46,14 @@ def few_shot(
     if not only:
         raise InputError(f"--only: is empty; name coefficients such as {','.join(USUAL)}")
     sources = sources_of(tables, rest=known)
-    found_at = {level: sorted({key for s in sources for key in s.labels[level]} - {""}) for level in SPREAD}
     place = np.array([names.index(one) for one in only])
     logs = [_logs(s, known, names) for s in sources]
-    blocks = [(level, key) for level, keys in found_at.items() for key in keys]
+    labels = [{level: s.labels[level] if level in SPREAD else [""] * len(s) for level in LEVELS} for s in sources]
+    layout = Layout.of(labels)
+    blocks = layout.blocks[1:]  # the base is as it was
     doubt = np.array([NEW_MACHINE[FREE[i].kind] * FREE[i].doubt for i in place])
     wide = np.array([SPREAD[level] for level, _ in blocks])[:, None] * doubt  # (blocks, only)
-    own = [
-        np.array([[s.labels[level][i] == key for level, key in blocks] for i in range(len(s))], float) for s in sources
-    ]
+    own = [layout.design(layout.codes(table))[:, 1:] for table in labels]
 
     def moved(i: int, x: Array) -> Array:
         shifted = logs[i].copy()
@@ -79,8 +78,8 @@ def few_shot(
     best = least_squares(residuals, np.zeros(wide.size), jac=jacobian, loss="soft_l1").x
     fitted = dict(zip(blocks, np.exp(best.reshape(wide.shape) * wide), strict=True))
     factors = {
-        level: _times(known.factors.get(level, {}), only, {key: fitted[level, key] for key in keys})
-        for level, keys in found_at.items()
+        level: _times(known.factors.get(level, {}), only, {key: fitted[at, key] for at, key in blocks if at == level})
+        for level in SPREAD
     }
     rows = sum(len(s) for s in sources)
     return replace(

@@ -22,7 +22,7 @@ from dse.calibrate.fit import folds
 from dse.calibrate.observations import SERIES
 from dse.calibrate.roofline_rows import COUNT, NAMES, Observed, serving_rows, step_rows
 from dse.calibrate.sources import Refusal, series
-from dse.programs import program
+from dse.programs import derivative, program
 from dse.published import corrected_roofline as cr
 from dse.units import US
 
@@ -137,11 +137,7 @@ def _scaled(theta: Any, amounts: Any, measured: Any, scale: Any, centre: Any) ->
     return jnp.concatenate([error.ravel(), (theta - centre) / RIDGE])
 
 
-def _slopes(*args: Any) -> Any:
-    return jax.jacfwd(_scaled)(*args)
-
-
-_residuals, _jacobian = program(_scaled), program(_slopes)
+_residuals, _jacobian = program(_scaled), program(derivative, _scaled)
 
 
 def predicted(data: Observed, theta: Array) -> Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from dse.programs import LARGE, program
+from dse.programs import LARGE, derivative, program
 
 Array = np.ndarray
 # Rows of a source count as at most this many: 899 serving rows are what people ask about, and thousands of single
@@ -85,13 +85,8 @@ def compiled(one: Callable[..., Any], inputs: Any, *shared: Any) -> Compiled:
         rows = jax.tree.map(jnp.asarray, inputs)
     axes = (0, 0, *(None for _ in shared))
     batched = program(one, in_axes=axes)
-    slopes = program(_slopes, one, in_axes=axes, options=LARGE)
+    slopes = program(derivative, one, in_axes=axes, options=LARGE)
     return {"predict": lambda logs: batched(logs, rows, *shared), "gradient": lambda logs: slopes(logs, rows, *shared)}
-
-
-def _slopes(one: Callable[..., Any], *args: Any) -> Any:
-    """By the first argument, the logs."""
-    return jax.jacfwd(one)(*args)
 
 
 def row_weight(rows: int, most: float = MOST_ROWS) -> float:

@@ -21,7 +21,7 @@ import yaml
 from dse.catalog.uncertainty import Uncertainty, read_uncertainty
 from dse.cost.coefficients import Coefficients
 from dse.errors import InputError, unknown
-from dse.files import refuse_deep_yaml
+from dse.files import load_yaml, yaml_text
 
 PHYSICS = "physics"  # the cited defaults of `cost.coefficients`
 BEST = "measured"  # the set used where none is named
@@ -128,7 +128,7 @@ def coefficient_set(name: str | Path | None = None) -> CoefficientSet:
     path = Path(name)
     if not path.suffix and not path.exists():
         raise unknown("coefficient set", str(name), [PHYSICS, *shipped()], "--coefficients", "or give a YAML file")
-    return read(path.stem, str(path), _text(path))
+    return read(path.stem, str(path), yaml_text(path))
 
 
 @cache
@@ -146,19 +146,10 @@ def _shipped(name: str) -> CoefficientSet:
     return read(name, name, (files("dse.catalog") / "coefficients" / f"{name}.yaml").read_text())
 
 
-def _text(path: Path) -> str:
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({_first_line(error)}); give a YAML file") from None
-    refuse_deep_yaml(text, str(path))
-    return text
-
-
 def read(name: str, where: str, text: str) -> CoefficientSet:
     """Parse a set: `base` and `factors` by level, or plain `name: value` lines. One InputError names all problems."""
     try:
-        data: Any = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        data: Any = load_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"{where}: cannot be read as YAML ({_first_line(error)}); write `name: value` lines") from None
     if not isinstance(data, dict) or not data:

@@ -27,7 +27,7 @@ from dse.cost.attention_kernels import (
 )
 from dse.cost.kernels import ExpertsKernel, GemmKernel
 from dse.errors import InputError, unknown
-from dse.files import refuse_deep_yaml
+from dse.files import load_yaml, yaml_text
 
 KERNELS: Mapping[str, type] = MappingProxyType(
     {
@@ -101,7 +101,7 @@ class KernelSet:
 
 def kernel_set(path: str | Path | None = None) -> KernelSet:
     """The set that comes with dse, or one from a YAML file."""
-    return _shipped() if path is None else read(Path(path).stem, str(path), _text(Path(path)))
+    return _shipped() if path is None else read(Path(path).stem, str(path), yaml_text(Path(path)))
 
 
 @cache
@@ -110,19 +110,10 @@ def _shipped() -> KernelSet:
     return read("kernels", name, (files("dse.catalog") / "coefficients" / name).read_text(encoding="utf-8"))
 
 
-def _text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a YAML file") from None
-    refuse_deep_yaml(text, str(path))
-    return text
-
-
 def read(name: str, where: str, text: str) -> KernelSet:
     """Parse a set; one InputError names all problems."""
     try:
-        data: Any = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        data: Any = load_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"{where}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict) or not isinstance(data.get("kernels"), dict):

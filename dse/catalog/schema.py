@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from dse.errors import InputError
-from dse.files import refuse_deep_yaml
+from dse.files import yaml_text
 
 File = TypeVar("File", bound=BaseModel)
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -151,12 +151,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 def read(path: Path, model: type[File]) -> File:
     """A YAML file as `model`; whatever is wrong with it is one `InputError`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a YAML file in UTF-8") from None
-    refuse_deep_yaml(text, str(path))
-    return parse(text, model, str(path))
+    return parse(yaml_text(path, "give a YAML file in UTF-8"), model, str(path))
 
 
 def parse(text: str, model: type[File], where: str) -> File:

@@ -170,20 +170,25 @@ def rate_at(x: Replica, u: Number) -> Number:
 
 @pytree
 class Top:
-    """A replica at its capacity."""
+    """A replica as near to its capacity as a steady state is described."""
 
-    u: Number  # arrivals an iteration
-    pace: Number  # seconds of an iteration
+    capacity: Number  # arrivals an iteration at which the token budget or the seats are full
+    pace: Number  # seconds of an iteration at u
+
+    @property
+    def u(self) -> Number:
+        """Arrivals an iteration: where an unstable rate is evaluated, flagged."""
+        return FULLEST * self.capacity
 
 
 def top(x: Replica) -> Top:
-    """As near to the capacity as a steady state is described: where an unstable rate is evaluated, flagged."""
-    u = FULLEST * most_arrivals(x)
-    return Top(u=u, pace=times(x, u).pace)
+    """The end of what a replica serves: found once, for every rate that is asked of it."""
+    capacity = most_arrivals(x)
+    return Top(capacity=capacity, pace=times(x, FULLEST * capacity).pace)
 
 
 def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
-    """The steady state at u arrivals an iteration (0 < u < `most_arrivals`); `t` where `times` is known."""
+    """The steady state at u arrivals an iteration (0 < u < `most.capacity`); `t` where `times` is known."""
     t = times(x, u) if t is None else t
     f, curve, alone, mixed, pace = t.flow, t.curve, t.alone, t.mixed, t.pace
     n, budget, prompt, steps, rate = f.running, f.budget, x.mean(x.prompt), x.mean(x.steps), t.rate(u)
@@ -219,7 +224,7 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
         idle = jnp.maximum(1.0 - rate * x.mean(service), 0.0)  # no backlog fills its last iteration ...
         once = any_come(f.clustered, u) / u  # ... which those that came together share
         service = service + idle * once * jnp.maximum(short, 0.0)
-    service = service + laden(x, t, rate, service)
+    service = service + laden(x, t, rate, service, most)
     load = rate * x.mean(service)
 
     chance = (1.0 - jnp.exp(-n) * (1.0 - jnp.minimum(load, 1.0))) * often
@@ -298,7 +303,7 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     )
 
 
-def laden(x: Replica, t: Times, rate: Number, service: Number) -> Number:
+def laden(x: Replica, t: Times, rate: Number, service: Number, most: Top) -> Number:
     """(n,) seconds that a prompt takes longer in a backlog, because decode beside it swells.
 
     While prompts wait, they leave prefill at its full rate, and after as many iterations as an answer has, decode is as
@@ -307,8 +312,7 @@ def laden(x: Replica, t: Times, rate: Number, service: Number) -> Number:
     Backlogs that make the wait last (ca^2 + cs^2) s/(1-r)^2 (the relaxation time of a diffusion), which is solved for.
     """
     f = t.flow
-    u = most_arrivals(x)
-    n = u * x.mean(x.steps)
+    n = most.capacity * x.mean(x.steps)
     budget = jnp.maximum(flights(x.sharded.plan) * x.chunk - n * (1.0 + x.draft), 1.0)
     full = full_iteration(x, n, budget, f.others) + budget * x.extra
     prompt, steps = x.mean(x.prompt), x.mean(x.steps)
@@ -349,7 +353,6 @@ __all__ = [
     "Times",
     "Top",
     "both",
-    "most_arrivals",
     "point",
     "rate_at",
     "replica",

@@ -133,6 +133,9 @@ def _crossings(x: Scenario, gpus: Any) -> IntraOp:
     return jax.vmap(jax.vmap(against_stages, (None, 0)), (0, None))(x, gpus)
 
 
+_crossed = program(_crossings)
+
+
 def _price(cases: list[Case], coefficients: CoefficientSet, asked: Asked) -> dict[str, Array]:
     nodes = [dist.padded(asked.lengths(case), dist.NODES) for case in cases]  # one shape, one program
     with jax.enable_x64(True):
@@ -202,7 +205,7 @@ def crossings(
         raise InputError("cases: no row can be priced; see `reason` in the table")
     with jax.enable_x64(True):
         scenarios = scenarios_of(list(first.values()), coefficients)
-        found: IntraOp = jax.tree.map(np.asarray, program(_crossings)(scenarios, np.array(gpus, float)))
+        found: IntraOp = jax.tree.map(np.asarray, _crossed(scenarios, np.array(gpus, float)))
     return tuple(
         Crossing(
             name=name,
