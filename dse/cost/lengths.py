@@ -18,7 +18,7 @@ ROWS = 8  # strata of the prompt
 COLUMNS = 3  # of the output, given the prompt
 NODES = ROWS * COLUMNS
 # Cumulative shares at which prompts are cut.
-CUTS = (0.0, 0.12, 0.30, 0.50, 0.70, 0.83, 0.92, 0.975, 1.0)
+CUTS = (0.0, 0.15, 0.40, 0.65, 0.85, 0.95, 0.99, 0.9985, 1.0)
 # Three-point Gauss-Hermite: normal deviates and their weights.
 DEVIATES = (-(3.0**0.5), 0.0, 3.0**0.5)
 SHARES = (1.0 / 6.0, 2.0 / 3.0, 1.0 / 6.0)
