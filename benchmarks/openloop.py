@@ -1,13 +1,13 @@
-"""How far the closed forms of open load are from the step simulator: `python benchmarks/openloop.py [--requests N]`.
+"""How far the closed forms of open load are from the step simulator: `python benchmarks/openloop.py [--runs N]`.
 
 Every case is a plan, a distribution of lengths and a coefficient of variation of the gaps, at 20, 50 and 80% of its
 capacity; requests are drawn, served one engine step at a time (`dse.cost.simulate`) and compared. Printed by regime,
 apart for the cases that the forms were developed on and for those that they were not: errors in percent, the mean of
 their sizes and the worst. Held out: models, plans and lengths drawn by `SEED`, unseen while the forms were developed.
 
-The mean of a finite run converges slowly near capacity, so that of a single queue fed by the same gaps and prompts is
-its control variate (`controlled`): it explains 40-98% of the variance between parts of a run. `noise`: standard error
-of the mean so found, in percent, by the parts of the run; percentiles are those of the run, less certain.
+Finite runs converge slowly near capacity. So the waits of a single queue, fed by the same gaps and prompts, put each
+request into a stratum that weighs what it does in a far longer run of that queue (`described`), for means as well as
+percentiles. `noise`, `noise_p99`: standard errors of the mean and of the P99 so found, in percent, over the runs.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from dse.cli.console import compile_cache
 from dse.cost import lengths as dist
 from dse.cost.evaluate import Scenario
 from dse.cost.goodput import Arrivals, OpenLoop, Slo, open_loop
+from dse.cost.iterations import replica, resident
 from dse.cost.lengths import Lengths
 from dse.cost.memory import memory
-from dse.cost.openloop import replica, resident, top
+from dse.cost.pace import top
 from dse.cost.shard import shard
 from dse.cost.simulate import Requests, simulate
 from dse.cost.types import stack
@@ -41,8 +42,8 @@ Array = np.ndarray
 UTILISATIONS = (0.2, 0.5, 0.8)
 SEATS = 256  # requests that the simulated engine runs at once on a rank
 SLO = Slo(ttft=0.5, tpot=0.04)
-BATCHES = 40  # parts of a run
-CONTROLS = 1_000_000  # requests that fix the mean of the control
+CONTROLS = 1_000_000  # requests that fix the strata
+STRATA = (*np.arange(0.05, 0.9, 0.05), 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
 
 PLANS: dict[str, dict[str, Any]] = {
     # developed on
@@ -233,50 +234,66 @@ def control(prompt_cv: float, gap_cv: float) -> tuple[Array, Array]:
 
 
 @cache
-def expected(prompt_cv: float, gap_cv: float, load: float) -> float:
-    """Mean wait of a single queue."""
+def strata(prompt_cv: float, gap_cv: float, load: float) -> tuple[Array, Array]:
+    """Waits of a single queue that cut its far longer run into strata, and the share of each."""
     gaps, prompts = control(prompt_cv, gap_cv)
-    return float(waits(gaps, load * prompts)[CONTROLS // 20 :].mean())
+    found = waits(gaps, load * prompts)[CONTROLS // 20 :]
+    cuts = np.unique(np.quantile(found, STRATA))
+    cuts = cuts[cuts > 0]
+    return cuts, np.bincount(np.searchsorted(cuts, found), minlength=len(cuts) + 1) / len(found)
 
 
-def controlled(pair: Pair, load: float, gaps: Array, isl: Array, ttft: Array, kept: slice) -> tuple[float, float]:
-    """Mean TTFT and its standard error: regressed over parts of the run on the waits of a single queue (gaps of mean 1,
-    a prompt takes as long as it has tokens), whose own mean is that of a far longer run."""
+def quantile(values: Array, weights: Array, share: float) -> float:
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order]) / weights.sum()
+    return float(values[order][min(np.searchsorted(reached, share), len(values) - 1)])
+
+
+def described(pair: Pair, load: float, gaps: Array, isl: Array, ttft: Array, tpot: Array) -> dict[str, float]:
+    """Of [runs, requests]: each request weighs what its stratum does, by the wait that it would have in a single queue
+    fed by the same gaps and prompts (gaps of mean 1, a prompt takes as long as it has tokens)."""
     mean_in, _, cv_in, _ = LENGTHS[pair.lengths]
-    found = waits(gaps, load * isl / mean_in)[kept] - expected(cv_in, pair.cv, load)
-    parts = [np.array([part.mean() for part in np.array_split(x, BATCHES)]) for x in (ttft[kept], found)]
-    design = np.stack([np.ones(BATCHES), parts[1]], axis=1)
-    fitted, *_ = np.linalg.lstsq(design, parts[0], rcond=None)
-    left = parts[0] - design @ fitted
-    spread = left @ left / (BATCHES - 2) * np.linalg.inv(design.T @ design)[0, 0]
-    return float(fitted[0]), float(np.sqrt(spread))
-
-
-def simulated(chosen: list[Pair], x: Scenario, rates: Array, requests: int) -> pd.DataFrame:
-    """Mean and percentiles of TTFT and TPOT of each pair and utilisation; warm-up and the end left out."""
-    asked = drawn(chosen, rates, requests)
-    many = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), len(UTILISATIONS), axis=0), x)
-    done = simulate(many, asked, seats=SEATS, workers=2).outcome
-    kept = slice(requests // 8, requests - requests // 20)
-    overhead = np.repeat(np.asarray(x.coefficients.arrival_overhead), len(UTILISATIONS))
-    ttft = done.first_token - done.arrival + overhead[:, None]
-    gaps = np.diff(asked.arrival, axis=1, prepend=0.0) * rates.reshape(-1, 1)
-    cases = [(p, u) for p in chosen for u in UTILISATIONS]
-    means = np.array([controlled(*case, gaps[i], asked.isl[i], ttft[i], kept) for i, case in enumerate(cases)])
-    ttft = ttft[:, kept]
-    answer = asked.osl - 1.0
-    tpot = np.where(answer > 0, (done.finished - done.first_token) / np.maximum(answer, 1.0), np.nan)[:, kept]
-    return pd.DataFrame(
-        {
-            "ttft": means[:, 0],
-            "ttft_p50": np.quantile(ttft, 0.5, axis=1),
-            "ttft_p90": np.quantile(ttft, 0.9, axis=1),
-            "ttft_p99": np.quantile(ttft, 0.99, axis=1),
-            "tpot": np.nanmean(tpot, axis=1),
-            "tpot_p90": np.nanquantile(tpot, 0.9, axis=1),
-            "noise": 100.0 * means[:, 1] / means[:, 0],
-        }
+    cuts, shares = strata(cv_in, pair.cv, load)
+    requests = gaps.shape[1]
+    kept = slice(requests // 8, requests - requests // 20)  # warm-up and the end left out
+    places = np.array(
+        [np.searchsorted(cuts, waits(g, load * i / mean_in)[kept]) for g, i in zip(gaps, isl, strict=True)]
     )
+
+    def of(rows: slice) -> dict[str, float]:
+        place, first, later = places[rows].ravel(), ttft[rows, kept].ravel(), tpot[rows, kept].ravel()
+        weight = (shares / np.maximum(np.bincount(place, minlength=len(shares)), 1))[place]
+        some = ~np.isnan(later)
+        return {
+            "ttft": float(np.average(first, weights=weight)),
+            **{f"ttft_p{p}": quantile(first, weight, p / 100) for p in (50, 90, 99)},
+            "tpot": float(np.average(later[some], weights=weight[some])),
+            "tpot_p90": quantile(later[some], weight[some], 0.9),
+        }
+
+    whole, parts = of(slice(None)), [of(slice(i, i + 1)) for i in range(len(gaps))]
+    noise = {
+        f"noise{suffix}": 100.0 * np.std([p[name] for p in parts], ddof=1) / np.sqrt(len(parts)) / whole[name]
+        for name, suffix in (("ttft", ""), ("ttft_p99", "_p99"))
+    }
+    return {**whole, **noise}
+
+
+def simulated(chosen: list[Pair], x: Scenario, rates: Array, requests: int, runs: int) -> pd.DataFrame:
+    """Mean and percentiles of TTFT and TPOT of each pair and utilisation."""
+    many = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), len(UTILISATIONS), axis=0), x)
+    overhead = np.repeat(np.asarray(x.coefficients.arrival_overhead), len(UTILISATIONS))[:, None]
+    found = []
+    for seed in range(1, runs + 1):
+        asked = drawn(chosen, rates, requests, seed)
+        done = simulate(many, asked, seats=SEATS, workers=4).outcome
+        answer = asked.osl - 1.0
+        tpot = np.where(answer > 0, (done.finished - done.first_token) / np.maximum(answer, 1.0), np.nan)
+        gaps = np.diff(asked.arrival, axis=1, prepend=0.0) * rates.reshape(-1, 1)
+        found.append((gaps, asked.isl, done.first_token - done.arrival + overhead, tpot))
+    series = [np.stack(runs) for runs in zip(*found, strict=True)]  # [runs, cases, requests] each
+    cases = [(p, u) for p in chosen for u in UTILISATIONS]
+    return pd.DataFrame([described(*case, *(x[:, i] for x in series)) for i, case in enumerate(cases)])
 
 
 MEASURES = ("ttft", "ttft_p50", "ttft_p90", "ttft_p99", "tpot", "tpot_p90")
@@ -287,8 +304,7 @@ def compared(chosen: list[Pair], found: OpenLoop, truth: pd.DataFrame) -> pd.Dat
     rows = pd.DataFrame([{**vars(p), "load": u} for p in chosen for u in UTILISATIONS])
     for name in MEASURES:
         rows[name] = 100.0 * (getattr(found, name).ravel() / truth[name].to_numpy() - 1.0)
-    rows["noise"] = truth["noise"].to_numpy()
-    return rows
+    return rows.assign(noise=truth["noise"].to_numpy(), noise_p99=truth["noise_p99"].to_numpy())
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -298,12 +314,13 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
         keys.insert(2, rows["cv"])
     sizes = rows[list(MEASURES)].abs().groupby(keys)
     table = sizes.mean().round(1).astype(str) + " (" + sizes.max().round(0).astype(int).astype(str) + ")"
-    return table.assign(cases=sizes.size(), noise=rows.groupby(keys)["noise"].mean().round(1))
+    return table.assign(cases=sizes.size(), **rows.groupby(keys)[["noise", "noise_p99"]].mean().round(1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--requests", type=int, default=8000, help="of each case")
+    parser.add_argument("--requests", type=int, default=8000, help="of each run of a case")
+    parser.add_argument("--runs", type=int, default=4, help="of each case, two at least")
     parser.add_argument("--regime", help="one of them alone")
     parser.add_argument("--all", action="store_true", help="every case as well")
     asked = parser.parse_args()
@@ -314,7 +331,7 @@ def main() -> None:
         x = scenarios(chosen)
         found = predicted(chosen, x)
         middle = time.perf_counter()
-        rows = compared(chosen, found, simulated(chosen, x, found.rate, asked.requests))
+        rows = compared(chosen, found, simulated(chosen, x, found.rate, asked.requests, asked.runs))
     ended = time.perf_counter()
     print(
         f"{len(rows)} cases: closed forms {middle - started:.0f} s with compilation, simulator {ended - middle:.0f} s"

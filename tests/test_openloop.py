@@ -16,9 +16,10 @@ from dse.cost import lengths as dist
 from dse.cost.evaluate import Scenario
 from dse.cost.flow import at_least_one
 from dse.cost.goodput import Arrivals, OpenLoop, Slo, goodput, open_loop
+from dse.cost.iterations import replica, resident
 from dse.cost.lengths import Lengths
 from dse.cost.memory import memory
-from dse.cost.openloop import replica, resident, top
+from dse.cost.pace import top
 from dse.cost.shard import shard
 from dse.cost.simulate import Requests, simulate
 from dse.cost.step import Batch, Segment, step
@@ -254,7 +255,7 @@ def test_closed_forms_agree_with_the_step_simulator(i: int) -> None:
         at_share(i, LENGTHS, shares, slo=Slo(ttft=SLO.ttft * k, tpot=SLO.tpot * k)).attainment
         for k in (1 - NEAR, 1 + NEAR)
     )
-    ttft, tpot = _simulated(i, found, (0.8, 0.8), 12_000, seed=3)
+    ttft, tpot = _simulated(i, found, (0.8, 0.8), 24_000, seed=3)
     for k, allowed in enumerate(AGREES.values()):
         errors = (
             found.ttft[k] / ttft[k].mean() - 1.0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator
 from decimal import Decimal, getcontext
@@ -171,68 +170,6 @@ def test_exponential_service_is_exact_for_gamma_gaps() -> None:
         assert float(wait.mean) == pytest.approx(root / (1 - root), rel=1e-9)
         one = q.mg1(load, exponential)
         assert float(PERCENTILE(one, 0.99)) == pytest.approx(-math.log(0.01 / load) / (1 - load), rel=2e-2)
-
-
-def _waits_for_many(servers: int, gaps: np.ndarray, service: np.ndarray) -> np.ndarray:
-    """Waits (n,) of one queue before several servers, first come first served, by a heap of when each is free."""
-    free = [0.0] * servers
-    waits = np.empty(len(gaps))
-    for i, (come, own) in enumerate(zip(np.cumsum(gaps), service, strict=True)):
-        start = max(heapq.heappop(free), come)
-        waits[i] = start - come
-        heapq.heappush(free, start + own)
-    return waits
-
-
-def test_many_servers_against_a_simulation(rng: np.random.Generator) -> None:
-    servers, rate, n = 20, 17.0, 60_000
-    waits = _waits_for_many(servers, rng.exponential(1.0 / rate, n), rng.exponential(1.0, n))
-    wait = q.many_servers(rate, float(servers), 1.0, 1.0)
-    assert float(wait.mean) == pytest.approx(waits[3000:].mean(), rel=0.2)
-    assert float(wait.delayed) == pytest.approx((waits[3000:] > 0).mean(), rel=0.2)
-
-
-@pytest.mark.parametrize(("servers", "load"), [(30, 0.7), (30, 0.9), (100, 0.8), (256, 0.9), (256, 0.95)])
-def test_many_servers_against_erlang(servers: int, load: float) -> None:
-    """Exponential service, by the recursion of Erlang's loss formula."""
-    offered, blocked = load * servers, 1.0
-    for k in range(1, servers + 1):
-        blocked = offered * blocked / (k + offered * blocked)
-    delayed = servers * blocked / (servers - offered * (1.0 - blocked))
-    wait = q.many_servers(offered, float(servers), 1.0, 1.0)
-    assert float(wait.delayed) == pytest.approx(delayed, rel=0.1)
-    assert float(wait.mean) == pytest.approx(delayed / (servers - offered), rel=0.1)
-
-
-def test_servers_that_slow_each_other_down() -> None:
-    """A birth and death chain whose servers take a + b k with k at work, by its exact balance."""
-    servers, own, more = 100, 0.6, 0.004
-    for rate in (100.0 * load for load in (0.85, 0.9, 0.95)):
-        chance, states = [1.0], range(1, 6000)
-        for k in states:
-            at_work = min(k, servers)
-            chance.append(chance[-1] * rate * (own + more * at_work) / at_work)
-        total = sum(chance)
-        delayed = sum(chance[servers:]) / total
-        mean = sum(p * (k - servers) for k, p in enumerate(chance) if k > servers) / total / rate
-        there = sum(p * min(k, servers) for k, p in enumerate(chance)) / total
-        stay = there / rate
-        elastic = more * there / stay
-        wait = q.many_servers(rate, float(servers), stay, 1.0, 1.0, own + more * servers, elastic)
-        assert float(wait.delayed) == pytest.approx(delayed, rel=0.2)
-        assert float(wait.mean) == pytest.approx(mean, rel=0.2)
-        assert float(q.many_servers(rate, float(servers), stay, 1.0).mean) < 0.7 * mean  # without
-
-
-def test_many_servers_under_bursts_wait_more_often(rng: np.random.Generator) -> None:
-    """Peakedness of gamma gaps of variation 2 before exponential service: 1 + 3 E[min]/E[S] = 2.5."""
-    servers, rate, n = 20, 15.0, 120_000
-    waits = _waits_for_many(servers, rng.gamma(0.25, 4.0 / rate, n), rng.exponential(1.0, n))
-    wait = q.many_servers(rate, float(servers), 1.0, 2.5, 2.5)
-    plain = q.many_servers(rate, float(servers), 1.0, 2.5)
-    truth = waits[3000:].mean()
-    assert float(wait.mean) == pytest.approx(truth, rel=0.25)
-    assert abs(float(wait.mean) - truth) < 0.6 * abs(float(plain.mean) - truth)
 
 
 @pytest.mark.parametrize("cv", [0.5, 1.0, 1.5, 2.0, 3.0])

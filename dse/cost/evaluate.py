@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from dse.cost.coefficients import Coefficients
 from dse.cost.goodput import Arrivals, Demand, OpenLoop, goodput, open_loop
+from dse.cost.iterations import resident
 from dse.cost.memory import Memory, memory
-from dse.cost.openloop import resident
 from dse.cost.serving import Served, serve
 from dse.cost.shard import shard_scenario, speculating
 from dse.cost.types import Architecture, Device, Load, Number, Plan, Topology, pytree, replace

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
 
-from dse.cost.iterations import decode
+from dse.cost.backlog import both
+from dse.cost.iterations import Replica, decode, replica
 from dse.cost.lengths import Lengths
 from dse.cost.memory import Memory
-from dse.cost.openloop import Point, Replica, Top, both, point, rate_at, replica, top
+from dse.cost.openloop import Point, point
+from dse.cost.pace import Top, rate_at, top
 from dse.cost.queueing import Wait, crossing, quantile, survival
 from dse.cost.shard import Sharded
 from dse.cost.types import Load, Number, pytree, replace

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 
 from dse.cost.evaluate import Scenario
 from dse.cost.goodput import Arrivals, Slo, attainment, open_loop
+from dse.cost.iterations import replica, resident
 from dse.cost.lengths import Lengths
 from dse.cost.memory import memory
-from dse.cost.openloop import point, replica, resident, top
+from dse.cost.openloop import point
+from dse.cost.pace import top
 from dse.cost.queueing import quantile
 from dse.cost.shard import shard_scenario
 from dse.cost.types import Number, pytree, replace

@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import gammainc, gammaln, ndtr
+from jax.scipy.special import gammainc, gammaln
 
 from dse.cost.types import Number, pytree
-from dse.numerics import safe_divide, safe_sqrt
+from dse.numerics import safe_divide
 
 BUSIEST = 1.0 - 1e-4  # utilisation at which a queue without steady state is evaluated, flagged
 STATES = 96  # queue lengths of the exact M/D/1; beyond so many service times its tail is a pure exponential
@@ -172,37 +172,6 @@ def any_come(dispersed: Number, expected: Number) -> Number:
     flat = jnp.abs(over) < 1e-4
     rate = jnp.where(flat, 1.0 - 0.5 * over, jnp.log(dispersed) / jnp.where(flat, 1.0, over))
     return -jnp.expm1(-expected * rate)
-
-
-def many_servers(
-    rate: Number,
-    servers: Number,
-    service: Number,
-    scv: Number,
-    peakedness: Number = 1.0,
-    crowded: Number | None = None,
-    elastic: Number = 0.0,
-) -> Wait:
-    """G/G/K with K slots: Halfin and Whitt's delay probability 1/(1 + b F(b)/f(b)), b = 2(1 - sqrt r) sqrt(K/z), and a
-    wait of E[S]/(K(1-r)) (ca^2+cs^2)/2 for those that wait (`scv` is that half sum). z: variance over mean of the
-    number that would be there if slots never ran out (Whitt's peakedness; 1 for Poisson arrivals). (1-r) sqrt(K) of the
-    limit is taken on the scale on which Poisson numbers vary alike (Anscombe), which keeps to Erlang's C off the limit.
-
-    Servers that slow each other down: `elastic` is the relative change of the service time with those there, so that
-    their number varies by z/(1 - elastic) below K; `crowded` the service time with all K at work (r'), above which
-    nothing slows further. Continuity at K gives 1/(1 + b' F(b)/f(b)), b' = 2(1 - sqrt r') sqrt(K/(z(1 - elastic))).
-    """
-    crowded = service if crowded is None else jnp.maximum(crowded, service)
-    (r, _), (full, stable) = _busy(rate * service / servers), _busy(rate * crowded / servers)
-    scale = 2.0 * jnp.sqrt(servers / peakedness)
-    b = scale * (1.0 - safe_sqrt(r)) * jnp.sqrt(1.0 - elastic)
-    above = scale * (1.0 - safe_sqrt(full)) / jnp.sqrt(1.0 - elastic)
-    density = jnp.exp(-0.5 * b**2) * 0.3989422804014327
-    delayed = density / (density + above * ndtr(b))
-    mean = delayed * crowded / (servers * (1.0 - full)) * scv
-    return Wait(
-        mean=mean, delayed=delayed, scv=jnp.ones_like(mean), utilisation=rate * crowded / servers, stable=stable
-    )
 
 
 # ------------------------------------------------------------------------------- DistServe's pipeline forms
