@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -90,8 +91,56 @@ def test_ranks_that_step_together_wait_as_simulated(
     assert n == pytest.approx(clients, rel=0.05)
 
 
-def simulated_pool(j: Journey, clients: int, requests: int = 12_000) -> tuple[float, float, float]:
-    """(mean TTFT, requests/s, mean number in decode) past the start; decode takes 8 to 12 s whatever the load."""
+@pytest.mark.parametrize(
+    ("c", "workers", "q", "clients", "added"),
+    [
+        (1, 1, 1.0, 24, 0.0),
+        (1, 1, 4.0, 24, 0.0),
+        (4, 1, 1.0, 20, 0.0),
+        (4, 1, 1.0, 65, 0.3),
+        (8, 1, 1.0, 80, 0.0),
+        (8, 1, 1.0, 120, 0.7),
+        (8, 1, 1.0, 140, 0.9),
+        (8, 1, 8.0, 140, 0.0),
+        (8, 2, 1.0, 120, 0.2),
+    ],
+)
+def test_a_scheduler_that_fixes_a_step_ahead_costs_a_step_only_where_one_is_fixed(
+    c: int, workers: int, q: float, clients: int, added: float
+) -> None:
+    """`turns` = 2: own steps that the simulation adds to TTFT (`added`), and the closed form within a fifth of one."""
+    j = way(c, workers, q)
+    at_once, rate, decoding = simulated_pool(j, clients)
+    ahead, rate_ahead, decoding_ahead = simulated_pool(j, clients, ahead=True)
+    with jax.enable_x64(True):
+        own = float(computed(j, met(j, rate, decoding)))
+        slower = float(in_flight(replace(j, turns=2.0), rate_ahead, decoding_ahead)[1])
+        usual = float(in_flight(j, rate, decoding)[1])
+    assert (ahead - at_once) / own == pytest.approx(added, abs=0.1)
+    assert (slower - usual) / own == pytest.approx((ahead - at_once) / own, abs=0.2)
+
+
+def test_what_an_undivided_engine_has_and_pools_have_not_changes_nothing() -> None:
+    """turns = 1 and no idle seats: the same; neither matters to a request alone."""
+    for c, q in ((1, 1.0), (8, 1.0), (8, 8.0)):
+        j = way(c, q=q, f=0.1)
+        with jax.enable_x64(True):
+            for rate, decoding in ((0.7 * c / j.service, 60.0), (1e-6, 1.0)):
+                plain = in_flight(j, rate, decoding)
+                same = in_flight(replace(j, turns=1.0, idle_seats=0.0, decoders=4.0), rate, decoding)
+                late = in_flight(replace(j, turns=2.0, idle_seats=0.3, decoders=4.0), rate, decoding)
+                assert [float(v) for v in same] == [float(v) for v in plain]
+                if decoding == 1.0:
+                    assert float(late[1]) == pytest.approx(float(plain[1]), rel=1e-4)
+                else:
+                    assert float(late[0] - plain[0]) >= 4 * 0.3 * (1 - 1e-9)  # Little: those without a seat wait
+
+
+def simulated_pool(j: Journey, clients: int, requests: int = 12_000, ahead: bool = False) -> tuple[float, float, float]:
+    """(mean TTFT, requests/s, mean number in decode) past the start; decode takes 8 to 12 s whatever the load.
+
+    `ahead`: a worker fixes its next step when one begins, of the prompts that are there by then, if any are.
+    """
     workers, ranks = int(j.workers), int(j.servers / j.workers)
     most = round((j.full - j.busy) / j.more) + 1 if j.more else 1
     rng = np.random.default_rng(0)
@@ -100,6 +149,14 @@ def simulated_pool(j: Journey, clients: int, requests: int = 12_000) -> tuple[fl
     heapq.heapify(events)
     came, first, ends = np.zeros(requests), np.zeros(requests), np.zeros(requests)
     busy, batches, sent, dealt = [False] * workers, [[] for _ in range(workers)], clients, 0
+    fixed: list[list[list[int]] | None] = [None] * workers
+
+    def take(queue: list[list[int]]) -> list[list[int]] | None:
+        taken = [q[:most] for q in queue]
+        for q in queue:
+            del q[:most]
+        return taken if any(taken) else None
+
     while events:
         now, _, kind, what = heapq.heappop(events)
         if kind == "come":
@@ -114,11 +171,9 @@ def simulated_pool(j: Journey, clients: int, requests: int = 12_000) -> tuple[fl
                 if sent < requests:
                     heapq.heappush(events, (ends[r], sent, "come", sent))
                     sent += 1
-        waiting_ = queues[worker]
-        if not busy[worker] and any(waiting_):
-            taken = [q[:most] for q in waiting_]
-            for q in waiting_:
-                del q[:most]
+        taken = None if busy[worker] else fixed[worker] or take(queues[worker])
+        if taken:
+            fixed[worker] = take(queues[worker]) if ahead else None
             fullest, mean = max(map(len, taken)), sum(map(len, taken)) / ranks
             present = (mean * ranks - 1.0) / max(ranks - 1.0, 1.0)
             lasts = j.idle + (j.busy - j.idle) * min(present, 1.0)

@@ -17,8 +17,8 @@ from dse.cost.evaluate import Scenario, gpus_of_replica
 from dse.cost.goodput import Slo
 from dse.cost.lengths import Lengths
 from dse.cost.memory import activations, kv_bytes, memory, weights
+from dse.cost.pool_sides import link, request_ranks
 from dse.cost.pool_steps import decode_memory, decode_times, prefill_times
-from dse.cost.pools import link, request_ranks
 from dse.cost.queueing import Moments, mg1, survival
 from dse.cost.serving import accepted_of
 from dse.cost.shard import shard_scenario

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+import math
 
+import jax.numpy as jnp
+from jax.nn import sigmoid
+
+from dse.cost.serving import steps_to_token, unseated
 from dse.cost.types import Number, pytree
 from dse.numerics import safe_divide
 
@@ -25,11 +29,14 @@ class Journey:
     chunks: Number  # steps of a prompt
     workers: Number  # of the prefill pool
     servers: Number  # their attention-DP ranks
-    fixed: Number  # arrival overhead, latency of the transfer, first decode step
+    fixed: Number  # arrival overhead, latency of the transfer, steps of the decode worker to a first token of its own
     travel: Number  # the whole cache over the link
     layers: Number
     layerwise: Number
     first_wave: Number  # weight of the first wave of N prompts at once
+    turns: Number = 1.0  # steps like its own that a prompt takes whose worker has fixed the next one already
+    decoders: Number = 1.0  # attention-DP ranks of the decode pool
+    idle_seats: Number = 0.0  # of each of them
 
 
 def exposed(j: Journey, prefill: Number) -> Number:
@@ -39,6 +46,11 @@ def exposed(j: Journey, prefill: Number) -> Number:
     """
     rest = jnp.maximum(j.travel / j.layers, j.travel - prefill * (j.layers - 1.0) / j.layers)
     return jnp.where(j.layerwise > 0, rest, j.travel)
+
+
+def company(requests: Number) -> Number:
+    """Whether any of a rank's requests runs beside another: as in the closed loop of an undivided engine."""
+    return jnp.clip(requests - 1.0, 0.0, 1.0)
 
 
 def met(j: Journey, rate: Number, decoding: Number) -> Number:
@@ -79,6 +91,29 @@ def boundary(j: Journey, rate: Number, own: Number) -> Number:
     return 0.5 * every * own * j.stage / (1.0 + (j.chunks - 1.0) * (1.0 - 1.0 / ranks))
 
 
+def room(j: Journey) -> Number:
+    """Prompts that a full step of a prefill worker holds, on all its ranks."""
+    return j.servers / j.workers * j.full / j.service
+
+
+def fixed_before(j: Journey, rate: Number, own: Number) -> Number:
+    """Share of the time in which a worker that schedules ahead has fixed its next step while one runs.
+
+    Where a step leaves nobody over, all who come while it runs go into the next one: it waits for no scheduler. More
+    than m = `room`, of the x = rate T / workers who come meanwhile, leave some over; they fix the next step, and those
+    of that step the one after it, until a step brings none: p/(p + exp(-x)), with p = exp(-x) x^(m+1)/(m+1)!, which
+    nearly all of the Poisson tail is where it matters (Stirling). With m = 1 a fixed step has no room for others anyway.
+    """
+    m, x = jnp.maximum(room(j), 1.0), jnp.maximum(rate * own * j.stage / j.workers, 1e-9)
+    odds = (m + 1.0) * (1.0 + jnp.log(x / (m + 1.0))) - 0.5 * jnp.log(2.0 * math.pi * (m + 1.0))
+    return jnp.minimum(m - 1.0, 1.0) * sigmoid(odds)
+
+
+def ahead(j: Journey, rate: Number, own: Number) -> Number:
+    """Seconds that a prompt waits because its worker had fixed the next step before it came."""
+    return own * (steps_to_token(j.turns, fixed_before(j, rate, own)) - 1.0)
+
+
 def waiting(rate: Number, service: Number, servers: Number) -> Number:
     """Mean wait before `servers` ranks of a constant service time behind one balanced queue (M/D/c).
 
@@ -97,20 +132,21 @@ def behind(j: Journey, rate: Number) -> Number:
 def in_flight(j: Journey, rate: Number, decoding: Number) -> tuple[Number, Number]:
     """(N, TTFT) at `rate` requests/s with `decoding` requests in the decode pool, below the prefill pool's rate.
 
-    N = X TTFT(N) + decoding. A prompt of the first wave, of weight f, is done when its step is: one step of all, from
-    `idle` to `busy` by the ranks that have one and S N/c where they have more, up to (full + S N/c)/2, the mean of the
-    first full step and the last. Later ones wait for a step to end and for the queue, W, which the N - 1 others bound:
-    S (N-1)/(2c). Each branch is a line in N with slope below one, so the solution is the larger over the max of the
-    smaller over the min.
+    N = X TTFT(N) + decoding + those that find no seat (`idle_seats`). A prompt of the first wave, of weight f, is done
+    when its step is: one step of all, from `idle` to `busy` by the ranks that have one and S N/c where they have more,
+    up to (full + S N/c)/2, the mean of the first full step and the last. Later ones wait for a step to end, for one
+    more where that is fixed `ahead`, and for the queue, W, which the N - 1 others bound: S (N-1)/(2c). Each branch is
+    a line in N with slope below one, so the solution is the larger over the max of the smaller over the min.
     """
     f, share = j.first_wave, j.service / j.servers
     others = met(j, rate, decoding)
     own = computed(j, others)
-    base = j.fixed + exposed(j, own) + (1.0 - f) * (own + boundary(j, others, own))
+    base = j.fixed + exposed(j, own) + (1.0 - f) * (own + boundary(j, others, own) + ahead(j, others, own))
+    occupied = decoding + j.decoders * unseated(j.idle_seats, company(decoding / j.decoders))
     wait, half = (1.0 - f) * behind(j, others), (1.0 - f) * 0.5 * share
 
     def solve(constant: Number, slope: Number) -> Number:
-        return (rate * constant + decoding) / jnp.maximum(1.0 - rate * slope, 1e-9)
+        return (rate * constant + occupied) / jnp.maximum(1.0 - rate * slope, 1e-9)
 
     def until(constant: Number, slope: Number = 0.0) -> Number:
         """N where a first wave lasts constant + slope N and the queue is what it is, or what the others can make it."""
@@ -145,4 +181,16 @@ def best_ratio(
     return counts[place // most], counts[place % most], top[..., 0]
 
 
-__all__ = ["Journey", "best_ratio", "boundary", "computed", "exposed", "in_flight", "met", "waiting"]
+__all__ = [
+    "Journey",
+    "ahead",
+    "best_ratio",
+    "boundary",
+    "company",
+    "computed",
+    "exposed",
+    "in_flight",
+    "met",
+    "room",
+    "waiting",
+]

@@ -16,16 +16,13 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from dse.cost import collectives as coll
 from dse.cost.afd import AttentionFfn, attention_memory, estimate_attention_ffn_one
-from dse.cost.coefficients import Coefficients
-from dse.cost.collectives import Line
-from dse.cost.evaluate import Scenario, gpus_of_replica
-from dse.cost.memory import Memory, kv_bytes
+from dse.cost.evaluate import Scenario
+from dse.cost.memory import Memory
 from dse.cost.pool_queue import Journey, computed, exposed, in_flight, met
+from dse.cost.pool_sides import Receiver, Sender, first_token, journey, layer_count, link, receiver, sender
 from dse.cost.pool_steps import (
     DecodeTimes,
-    PrefillTimes,
     decode_memory,
     decode_rate,
     decode_times,
@@ -35,7 +32,7 @@ from dse.cost.pool_steps import (
 )
 from dse.cost.shard import Sharded, shard
 from dse.cost.step import Step
-from dse.cost.types import Architecture, Load, Number, Plan, Topology, pytree
+from dse.cost.types import Load, Number, pytree
 from dse.numerics import safe_divide
 from dse.programs import by_size
 from dse.units import HOUR
@@ -69,38 +66,6 @@ class Split:
     micro_batches: Number | None = None  # of such a worker
     apart: Number = 0.0  # 1: the pools are in different clusters, joined by the outermost levels of both
     seats: Number | None = None  # requests that a decode worker's engine runs at most; None: memory alone limits
-
-
-@pytree
-class Sender:
-    """A prefill worker, priced: all that a decode pool and its users must know of it. Seconds; USD/h and W a worker."""
-
-    idle: Number  # as in PrefillTimes
-    busy: Number
-    more: Number
-    longest: Number
-    service: Number
-    stage: Number
-    chunks: Number
-    ranks: Number  # attention-DP ranks
-    gpus: Number
-    holders: Number  # GPUs that hold a part (or a copy) of one request's KV cache
-    arrival: Number  # overhead of a request
-    first_wave: Number  # weight of the first wave
-    price: Number
-    power: Number
-
-
-@pytree
-class Receiver:
-    """A decode worker, priced. Bytes, seconds; USD/h and W a worker."""
-
-    gpus: Number
-    holders: Number
-    cache: Number  # KV bytes a GPU, one request's prompt
-    first: Number  # one decode step, where the first token is computed again; else 0
-    price: Number
-    power: Number
 
 
 @pytree
@@ -159,43 +124,6 @@ def worker_memory(x: Split, running: Number) -> Memory:
     return fuller(found.attention_memory, found.ffn_memory)
 
 
-# ------------------------------------------------------------------------------------------- the KV cache's way
-
-
-def request_ranks(plan: Plan) -> Number:
-    """GPUs that hold a part (or a copy) of one request's KV cache."""
-    return plan.tp * plan.cp * plan.pp
-
-
-def link(
-    topologies: tuple[Topology, Topology],
-    c: tuple[Coefficients, Coefficients],
-    gpus: Number,
-    apart: Number,
-    free: Number,
-) -> Line:
-    """Seconds by bytes of one GPU's flow from the first side (prefill) to the second.
-
-    The slowest level that the deployment's GPUs span: node, rack, network. Pools in different clusters (`apart`) are
-    joined by the outermost levels of both.
-    """
-    lines = []
-    for topology, coefficients in zip(topologies, c, strict=True):
-        whole = jnp.prod(jnp.stack([jnp.asarray(level.size) for level in topology.levels]))
-        span = jnp.where(apart > 0, jnp.maximum(gpus, whole), gpus)
-        lines.append(coll.point_to_point(topology, coll.group(topology, span, 1.0), coefficients))
-    paid = jnp.where(free > 0, 0.0, 1.0)
-    return Line(
-        fixed=paid * (jnp.maximum(lines[0].fixed, lines[1].fixed) + c[1].transfer_base),
-        per_byte=paid * jnp.maximum(lines[0].per_byte, lines[1].per_byte),
-    )
-
-
-def layer_count(arch: Architecture) -> Number:
-    """Layers that keep a cache or a state."""
-    return jnp.maximum(sum((m.count for m in arch.mixers), start=jnp.zeros(())), 1.0)
-
-
 # ------------------------------------------------------------------------------------------- both pools together
 
 
@@ -208,80 +136,6 @@ def decode_room(x: Split) -> Number:
     held = decode_memory(x.decode, ranks) if x.ffn is None else attention_memory(x.decode, ranks)
     room = jnp.where(held.requests < 1.0, 1e12, held.requests * ranks)
     return room if x.seats is None else jnp.minimum(room, x.seats)
-
-
-def sender(x: Scenario, times: PrefillTimes) -> Sender:
-    gpus = gpus_of_replica(x.plan)
-    return Sender(
-        idle=times.idle,
-        busy=times.busy,
-        more=times.more,
-        longest=times.longest,
-        service=times.service,
-        stage=times.stage,
-        chunks=times.chunks,
-        ranks=x.plan.attention_dp,
-        gpus=gpus,
-        holders=request_ranks(x.plan),
-        arrival=x.coefficients.arrival_overhead * jnp.ones_like(gpus),
-        first_wave=jnp.minimum(x.coefficients.first_wave, 1.0) / jnp.maximum(x.load.waves, 1.0),
-        price=gpus * x.device.price,
-        power=gpus * x.device.power,
-    )
-
-
-def burdens(s: Sender) -> list[Number]:
-    """What a prefill worker makes its users wait by: more of any of these never shortens `in_flight`'s TTFT(N).
-
-    Seconds, and (negated) ranks that share them, GPUs that send a request's cache, steps at whose end others may start.
-    """
-    seconds = [s.idle, s.busy, s.more, s.longest, s.service / s.ranks, s.stage, s.arrival, s.first_wave]
-    return [*seconds, -s.ranks, -s.holders, -s.chunks]
-
-
-def receiver(x: Scenario, first: Number, ffn: Scenario | None = None) -> Receiver:
-    """A decode worker; with the GPUs of its experts where they are its own."""
-    gpus = gpus_of_replica(x.plan)
-    experts = jnp.zeros_like(gpus) if ffn is None else gpus_of_replica(ffn.plan)
-    device = x.device if ffn is None else ffn.device
-    return Receiver(
-        gpus=gpus + experts,
-        holders=request_ranks(x.plan),
-        cache=kv_bytes(x.architecture, x.plan, x.load.isl),
-        first=first,
-        price=gpus * x.device.price + experts * device.price,
-        power=gpus * x.device.power + experts * device.power,
-    )
-
-
-def journey(
-    a: Sender, b: Receiver, line: Line, workers: tuple[Number, Number], layers: Number, layerwise: Number
-) -> tuple[Journey, Number]:
-    """The journey, and the most requests/s that the prefill pool and the link allow.
-
-    The busiest NIC carries what a decode GPU takes in, or what a prefill GPU sends out; a cached prefix travels too,
-    and so does each copy (MLA or few KV heads under TP).
-    """
-    servers = workers[0] * a.ranks
-    sides = jnp.minimum(workers[0] * a.gpus, workers[1] * b.gpus)
-    trip = Journey(
-        idle=a.idle,
-        busy=a.busy,
-        more=a.more,
-        full=a.longest,
-        service=a.service,
-        stage=a.stage,
-        chunks=a.chunks,
-        workers=workers[0],
-        servers=servers,
-        fixed=a.arrival + line.fixed + b.first,
-        travel=line.per_byte * b.cache * jnp.maximum(1.0, b.holders / a.holders),
-        layers=layers,
-        layerwise=layerwise,
-        first_wave=a.first_wave,
-    )
-    moved = line.per_byte * b.cache * b.holders
-    return trip, jnp.minimum(servers / a.service, safe_divide(sides, moved, otherwise=1e12))
 
 
 def delivered(
@@ -312,16 +166,21 @@ def estimate_split_one(x: Split) -> SplitEstimate:
     )
     times = prefill_times(s_prefill, x.prefill.load)
     a = sender(x.prefill, times)
-    b = receiver(x.decode, x.transfer.first_step * decode_worker(x, s_decode, jnp.ones_like(a.idle)).tpot, x.ffn)
+    b = receiver(x.decode, x.ffn)
     sides = (x.prefill.topology, x.decode.topology), (x.prefill.coefficients, x.decode.coefficients)
     line = link(*sides, workers[0] * a.gpus + workers[1] * b.gpus, x.apart, x.transfer.free)
     trip, most = journey(a, b, line, workers, layer_count(x.decode.architecture), x.transfer.layerwise)
 
+    def until_token(running: Number, tpot: Number) -> Journey:
+        """The way to a first token with so many requests in decode."""
+        return replace(trip, fixed=trip.fixed + x.transfer.first_step * first_token(x.decode, running, tpot))
+
     def excess(share: Number) -> Number:
         """Above 0: more requests in decode than N users, or the pool before it, can keep there."""
         running = share * load.concurrency / workers[1]
-        rate = workers[1] * decode_rate(running, load.osl, decode_worker(x, s_decode, running).tpot)
-        n, _ = in_flight(trip, jnp.minimum(rate, most), running * workers[1])
+        tpot = decode_worker(x, s_decode, running).tpot
+        rate = workers[1] * decode_rate(running, load.osl, tpot)
+        n, _ = in_flight(until_token(running, tpot), jnp.minimum(rate, most), running * workers[1])
         return jnp.maximum(n / load.concurrency, rate / most) - 1.0
 
     asked = _root(excess) * load.concurrency / workers[1]
@@ -330,6 +189,7 @@ def estimate_split_one(x: Split) -> SplitEstimate:
     decode = decode_worker(x, s_decode, running)
     rate = workers[1] * decode_rate(running, load.osl, decode.tpot)
     ttft = (load.concurrency - running * workers[1]) / rate
+    trip = until_token(running, decode.tpot)
     prefill = computed(trip, met(trip, rate, running * workers[1]))
     travel = line.fixed + exposed(trip, prefill)
     held = asked if x.seats is None else jnp.minimum(asked, x.seats)
@@ -377,20 +237,12 @@ def estimate_split(splits: Split) -> SplitEstimate:
 
 __all__ = [
     "Delivered",
-    "Receiver",
-    "Sender",
     "Split",
     "SplitEstimate",
     "Transfer",
-    "burdens",
     "decode_worker",
     "delivered",
     "estimate_split",
     "estimate_split_one",
-    "journey",
-    "layer_count",
-    "link",
-    "receiver",
-    "sender",
     "worker_memory",
 ]

@@ -66,6 +66,16 @@ def any_of(ranks: Number, chance: Number) -> Number:
     return jnp.where(sure, 1.0, -jnp.expm1(ranks * jnp.log1p(-jnp.where(sure, 0.0, chance))))
 
 
+def steps_to_token(turns: Number, company: Number) -> Number:
+    """Steps like its own that a first token takes: `turns` beside others, one where it meets no step of anyone's."""
+    return 1.0 + (turns - 1.0) * company
+
+
+def unseated(idle_seats: Number, company: Number) -> Number:
+    """Clients of a rank that find no seat, whatever its memory: none where a client is alone."""
+    return company * idle_seats
+
+
 def larger_root(x: Number, q: Number) -> Number:
     """The larger L with L (L - x) = q, for q >= 0: (x + sqrt(x^2 + 4 q))/2, without its cancellation for x < 0."""
     root = jnp.abs(x) + safe_sqrt(x * x + 4.0 * q)
@@ -210,7 +220,7 @@ def serve(s: Sharded, load: Load, memory: Memory) -> Served:
     # A client that answers at the end of one step meets the next, whatever its length: no bias to long ones
     company = jnp.minimum(q.others, 1.0)
     late = 0.5 * cycle_time * company
-    rest = (1.0 + (c.turns - 1.0) * company) * own + line * (t_mixed + token * (q.budget - mix)) + late
+    rest = steps_to_token(c.turns, company) * own + line * (t_mixed + token * (q.budget - mix)) + late
 
     # All prompts at once, one behind the other: the mean of the first and the last of them; a static batch ends as one
     waiting = q.running * q.prompt
@@ -227,7 +237,7 @@ def serve(s: Sharded, load: Load, memory: Memory) -> Served:
     served = q.first * burst + (1.0 - q.first) * rest
     residence = served + jnp.maximum(load.osl - 1.0, 0.0) * tpot
     unserved = (q.asked - q.running) * (1.0 - (q.asked - q.running) / (2.0 * q.asked * load.waves))  # none at the end
-    idle = (1.0 - static) * company * c.idle_seats
+    idle = (1.0 - static) * unseated(c.idle_seats, company)
     admission = (unserved + idle) / (q.running - idle) * residence
     alone = q.first * flow(s, prefill, q.chunks) + (1.0 - q.first) * own
     ttft, tpot = _as_sent(load, c.arrival_overhead + served + admission, tpot)

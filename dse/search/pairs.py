@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from dse.cost.collectives import Line
 from dse.cost.pool_queue import in_flight
-from dse.cost.pools import Delivered, delivered, journey
+from dse.cost.pool_sides import journey
+from dse.cost.pools import Delivered, delivered
 from dse.cost.types import Load, Number, pytree
 from dse.errors import InputError
 from dse.programs import program

@@ -23,7 +23,7 @@ from dse.cost.evaluate import Scenario
 from dse.cost.pipeline import Batched, Continuous, Load, Part, batched_part, pool_load, running, slowed
 from dse.cost.pipeline_open import Aggregated
 from dse.cost.pipeline_tails import Cumulants, of_some, of_wait, together
-from dse.cost.pools import link
+from dse.cost.pool_sides import link
 from dse.cost.types import replace
 from dse.programs import program
 from dse.search.pipeline_open import aggregated_at

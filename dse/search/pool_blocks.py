@@ -14,7 +14,7 @@ import numpy as np
 from dse.batches import at_rows
 from dse.cost.coefficients import Coefficients
 from dse.cost.collectives import Line
-from dse.cost.pools import layer_count, link
+from dse.cost.pool_sides import layer_count, link
 from dse.cost.types import Load, Topology
 from dse.search.kernel import Tables
 from dse.search.pairs import COLUMNS, ROWS, Job

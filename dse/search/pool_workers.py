@@ -13,8 +13,8 @@ import numpy as np
 
 from dse.cost.afd import AttentionFfn, estimate_attention_ffn_one
 from dse.cost.evaluate import Scenario
+from dse.cost.pool_sides import Receiver, Sender, burdens, receiver, sender
 from dse.cost.pool_steps import decode_memory, decode_rate, decode_times, fuller, prefill_memory, prefill_times
-from dse.cost.pools import Receiver, Sender, burdens, receiver, sender
 from dse.cost.shard import Sharded, shard_scenario, speculating
 from dse.cost.types import Load, Number, pytree
 from dse.programs import quick
@@ -78,7 +78,7 @@ def decode_kernel(t: Tables, rows: Number) -> DecodeWorkers:
         running = x.load.concurrency
         memory, tpot = decode_memory(x, running), decode_times(replace(s, plan=x.plan), x.load, running).tpot
         return DecodeWorkers(
-            side=receiver(x, jnp.zeros_like(tpot)),
+            side=receiver(x),
             tpot=tpot,
             running=running,
             rate=decode_rate(running, x.load.osl, tpot),
@@ -104,7 +104,7 @@ def apart_kernel(t: Tables, rows: Number, gpus: Number, micro_batches: Number) -
         found = estimate_attention_ffn_one(AttentionFfn(attention=x, ffn=ffn, micro_batches=micro_batches))
         memory = fuller(found.attention_memory, found.ffn_memory)
         return DecodeWorkers(
-            side=receiver(x, jnp.zeros_like(found.tpot), ffn),
+            side=receiver(x, ffn),
             tpot=found.tpot,
             running=running,
             rate=decode_rate(running, x.load.osl, found.tpot),

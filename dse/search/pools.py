@@ -1,13 +1,13 @@
 """The joint search of prefill and decode pools: each worker is priced once, then all pairs are met in blocks.
 
-What a pair delivers follows from a few numbers of either worker (`cost.pools.Sender`, `Receiver`), so a pair costs some
-sixty operations: blocks of (prefill workers x decode workers) for every number of workers that the budget allows, with
-the same sieve and running front as the grid's. All in float64.
+What a pair delivers follows from a few numbers of either worker (`cost.pool_sides.Sender`, `Receiver`), so a pair costs
+some eighty operations: blocks of (prefill workers x decode workers) for every number of workers that the budget allows,
+with the same sieve and running front as the grid's. All in float64.
 
 Prefill workers that cannot be on a front are left out before (`dominant`): on the same machine and of the same size,
-one that is no better in any of `cost.pools.burdens`, nor in memory, only ever raises TTFT, at equal throughput, TPOT,
-GPUs and cost: N = X TTFT(N) + n has a smaller solution where TTFT(N) is smaller for every N. Decode workers are all
-kept but those that break a limit by themselves: more requests/s is not always better, for they queue longer.
+one that is no better in any of `cost.pool_sides.burdens`, nor in memory, only ever raises TTFT, at equal throughput,
+TPOT, GPUs and cost: N = X TTFT(N) + n has a smaller solution where TTFT(N) is smaller for every N. Decode workers are
+all kept but those that break a limit by themselves: more requests/s is not always better, for they queue longer.
 Pairs keep the KV cache in one format.
 """
 
