@@ -102,7 +102,7 @@ def fixed_before(j: Journey, rate: Number, own: Number) -> Number:
     Where a step leaves nobody over, all who come while it runs go into the next one: it waits for no scheduler. More
     than m = `room`, of the x = rate T / workers who come meanwhile, leave some over; they fix the next step, and those
     of that step the one after it, until a step brings none: p/(p + exp(-x)), with p = exp(-x) x^(m+1)/(m+1)!, which
-    nearly all of the Poisson tail is where it matters (Stirling). With m = 1 a fixed step has no room for others anyway.
+    nearly all of the Poisson tail is where it matters (Stirling). With m = 1 a fixed step has no room for others.
     """
     m, x = jnp.maximum(room(j), 1.0), jnp.maximum(rate * own * j.stage / j.workers, 1e-9)
     odds = (m + 1.0) * (1.0 + jnp.log(x / (m + 1.0))) - 0.5 * jnp.log(2.0 * math.pi * (m + 1.0))
