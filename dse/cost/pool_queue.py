@@ -37,6 +37,7 @@ class Journey:
     turns: Number = 1.0  # steps like its own that a prompt takes whose worker has fixed the next one already
     decoders: Number = 1.0  # attention-DP ranks of the decode pool
     idle_seats: Number = 0.0  # of each of them
+    alone: Number = 1e12  # an answer that has a decode rank to itself, after its first token
 
 
 def exposed(j: Journey, prefill: Number) -> Number:
@@ -129,6 +130,21 @@ def behind(j: Journey, rate: Number) -> Number:
     return waiting(rate, j.service, j.servers) * rate * j.service / j.servers
 
 
+def second_wave(j: Journey, rate: Number, decoding: Number) -> Number:
+    """Mean wait of the second wave of N behind the first: what few decode, they answer before all have been computed.
+
+    c = servers/service prompts a second leave the first wave, so that decode fills as c t. An answer lasts from a =
+    `alone` up to A = decoding/rate, nearly linearly in those beside it, so the first one ends at t = a (exp(u)-1)/u,
+    u = (A-a) c/N, the last at N/c + A. Those who come back meet a line of G = N/c - t seconds that melts over
+    H = A - t, no less than G at any rate that the pool bears: G^2/(2H). Ignored: waves after that.
+    """
+    drain, answer = decoding * j.service / j.servers, decoding / rate
+    u = jnp.clip((answer - j.alone) / drain, 1e-6, 30.0)
+    back = jnp.minimum(j.alone * jnp.expm1(u) / u, answer)
+    line = jnp.maximum(drain - back, 0.0)
+    return 0.5 * line**2 / jnp.maximum(answer - back, jnp.maximum(line, 1e-9))
+
+
 def in_flight(j: Journey, rate: Number, decoding: Number) -> tuple[Number, Number]:
     """(N, TTFT) at `rate` requests/s with `decoding` requests in the decode pool, below the prefill pool's rate.
 
@@ -142,6 +158,7 @@ def in_flight(j: Journey, rate: Number, decoding: Number) -> tuple[Number, Numbe
     others = met(j, rate, decoding)
     own = computed(j, others)
     base = j.fixed + exposed(j, own) + (1.0 - f) * (own + boundary(j, others, own) + ahead(j, others, own))
+    base = base + jnp.minimum(f, 1.0 - f) * second_wave(j, rate, decoding)
     occupied = decoding + j.decoders * unseated(j.idle_seats, company(decoding / j.decoders))
     wait, half = (1.0 - f) * behind(j, others), (1.0 - f) * 0.5 * share
 
@@ -192,5 +209,6 @@ __all__ = [
     "in_flight",
     "met",
     "room",
+    "second_wave",
     "waiting",
 ]

@@ -46,6 +46,7 @@ class Receiver:
     cache: Number  # KV bytes a GPU, one request's prompt
     ranks: Number  # attention-DP ranks
     idle_seats: Number  # of a rank
+    alone: Number  # seconds of an answer that has a rank to itself
     price: Number
     power: Number
 
@@ -116,8 +117,8 @@ def burdens(s: Sender) -> list[Number]:
     return [*seconds, -s.ranks, -s.holders, -s.chunks, -s.ranks * s.longest / s.service]
 
 
-def receiver(x: Scenario, ffn: Scenario | None = None) -> Receiver:
-    """A decode worker; with the GPUs of its experts where they are its own."""
+def receiver(x: Scenario, alone: Number, ffn: Scenario | None = None) -> Receiver:
+    """A decode worker; `alone`: its TPOT with one request a rank. With the experts' GPUs where they are its own."""
     gpus = gpus_of_replica(x.plan)
     experts = jnp.zeros_like(gpus) if ffn is None else gpus_of_replica(ffn.plan)
     device = x.device if ffn is None else ffn.device
@@ -127,6 +128,7 @@ def receiver(x: Scenario, ffn: Scenario | None = None) -> Receiver:
         cache=kv_bytes(x.architecture, x.plan, x.load.isl),
         ranks=x.plan.attention_dp * jnp.ones_like(gpus),
         idle_seats=x.coefficients.idle_seats * jnp.ones_like(gpus),
+        alone=jnp.maximum(x.load.osl - 1.0, 1e-3) * alone,
         price=gpus * x.device.price + experts * device.price,
         power=gpus * x.device.power + experts * device.power,
     )
@@ -160,6 +162,7 @@ def journey(
         turns=a.turns,
         decoders=workers[1] * b.ranks,
         idle_seats=b.idle_seats,
+        alone=b.alone,
     )
     moved = line.per_byte * b.cache * b.holders
     return trip, jnp.minimum(servers / a.service, safe_divide(sides, moved, otherwise=1e12))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dse.cost.afd import AttentionFfn, estimate_attention_ffn_one
+from dse.cost.afd import AttentionFfn, AttentionFfnEstimate, estimate_attention_ffn_one
 from dse.cost.evaluate import Scenario
 from dse.cost.pool_sides import Receiver, Sender, burdens, receiver, sender
 from dse.cost.pool_steps import decode_memory, decode_rate, decode_times, fuller, prefill_memory, prefill_times
@@ -76,9 +76,12 @@ def decode_kernel(t: Tables, rows: Number) -> DecodeWorkers:
     def point(x: Scenario, s: Sharded, load: Load) -> DecodeWorkers:
         x = drafting(replace(x, load=loaded(t, load)))
         running = x.load.concurrency
-        memory, tpot = decode_memory(x, running), decode_times(replace(s, plan=x.plan), x.load, running).tpot
+        memory = decode_memory(x, running)
+        few, tpot = jax.vmap(lambda n: decode_times(replace(s, plan=x.plan), x.load, n).tpot)(
+            jnp.stack([x.plan.attention_dp * jnp.ones_like(running), running])
+        )
         return DecodeWorkers(
-            side=receiver(x),
+            side=receiver(x, few),
             tpot=tpot,
             running=running,
             rate=decode_rate(running, x.load.osl, tpot),
@@ -101,10 +104,15 @@ def apart_kernel(t: Tables, rows: Number, gpus: Number, micro_batches: Number) -
     def point(x: Scenario, load: Load) -> DecodeWorkers:
         x = replace(x, load=loaded(t, load))
         ffn, running = experts_side(x, gpus), x.load.concurrency
-        found = estimate_attention_ffn_one(AttentionFfn(attention=x, ffn=ffn, micro_batches=micro_batches))
+
+        def price(n: Number) -> AttentionFfnEstimate:
+            attention = replace(x, load=replace(x.load, concurrency=n))
+            return estimate_attention_ffn_one(AttentionFfn(attention=attention, ffn=ffn, micro_batches=micro_batches))
+
+        few, found = price(x.plan.attention_dp * jnp.ones_like(running)).tpot, price(running)
         memory = fuller(found.attention_memory, found.ffn_memory)
         return DecodeWorkers(
-            side=receiver(x, ffn),
+            side=receiver(x, few, ffn),
             tpot=found.tpot,
             running=running,
             rate=decode_rate(running, x.load.osl, found.tpot),
