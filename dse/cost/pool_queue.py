@@ -37,7 +37,7 @@ class Journey:
     turns: Number = 1.0  # steps like its own that a prompt takes whose worker has fixed the next one already
     decoders: Number = 1.0  # attention-DP ranks of the decode pool
     idle_seats: Number = 0.0  # of each of them
-    alone: Number = 1e12  # an answer that has a decode rank to itself, after its first token
+    half: Number = 1e12  # an answer after its first token with half as many in decode
 
 
 def exposed(j: Journey, prefill: Number) -> Number:
@@ -133,14 +133,15 @@ def behind(j: Journey, rate: Number) -> Number:
 def second_wave(j: Journey, rate: Number, decoding: Number) -> Number:
     """Mean wait of the second wave of N behind the first: what few decode, they answer before all have been computed.
 
-    c = servers/service prompts a second leave the first wave, so that decode fills as c t. An answer lasts from a =
-    `alone` up to A = decoding/rate, nearly linearly in those beside it, so the first one ends at t = a (exp(u)-1)/u,
-    u = (A-a) c/N, the last at N/c + A. Those who come back meet a line of G = N/c - t seconds that melts over
-    H = A - t, no less than G at any rate that the pool bears: G^2/(2H). Ignored: waves after that.
+    c = servers/service prompts a second leave the first wave, so that decode fills as c t. An answer lasts from a up to
+    A = decoding/rate, nearly linearly in those beside it (`half`: with half of them), so the first one ends at t =
+    a (exp(u)-1)/u, u = (A-a) c/N, the last at N/c + A. Those who come back meet a line of G = N/c - t seconds that
+    melts over H = A - t, no less than G at any rate that the pool bears: G^2/(2H). Ignored: waves after that.
     """
     drain, answer = decoding * j.service / j.servers, decoding / rate
-    u = jnp.clip((answer - j.alone) / drain, 1e-6, 30.0)
-    back = jnp.minimum(j.alone * jnp.expm1(u) / u, answer)
+    least = jnp.maximum(2.0 * j.half - answer, 0.0)
+    u = jnp.clip((answer - least) / drain, 1e-6, 30.0)
+    back = jnp.minimum(least * jnp.expm1(u) / u, answer)
     line = jnp.maximum(drain - back, 0.0)
     return 0.5 * line**2 / jnp.maximum(answer - back, jnp.maximum(line, 1e-9))
 

@@ -12,7 +12,7 @@ from dse.cost.memory import kv_bytes
 from dse.cost.pool_queue import Journey, company
 from dse.cost.pool_steps import PrefillTimes
 from dse.cost.serving import accepted_of, steps_to_token
-from dse.cost.types import Architecture, Number, Plan, Topology, pytree
+from dse.cost.types import Architecture, Load, Number, Plan, Topology, pytree
 from dse.numerics import safe_divide
 
 
@@ -46,7 +46,6 @@ class Receiver:
     cache: Number  # KV bytes a GPU, one request's prompt
     ranks: Number  # attention-DP ranks
     idle_seats: Number  # of a rank
-    alone: Number  # seconds of an answer that has a rank to itself
     price: Number
     power: Number
 
@@ -117,8 +116,8 @@ def burdens(s: Sender) -> list[Number]:
     return [*seconds, -s.ranks, -s.holders, -s.chunks, -s.ranks * s.longest / s.service]
 
 
-def receiver(x: Scenario, alone: Number, ffn: Scenario | None = None) -> Receiver:
-    """A decode worker; `alone`: its TPOT with one request a rank. With the experts' GPUs where they are its own."""
+def receiver(x: Scenario, ffn: Scenario | None = None) -> Receiver:
+    """A decode worker; with the GPUs of its experts where they are its own."""
     gpus = gpus_of_replica(x.plan)
     experts = jnp.zeros_like(gpus) if ffn is None else gpus_of_replica(ffn.plan)
     device = x.device if ffn is None else ffn.device
@@ -128,7 +127,6 @@ def receiver(x: Scenario, alone: Number, ffn: Scenario | None = None) -> Receive
         cache=kv_bytes(x.architecture, x.plan, x.load.isl),
         ranks=x.plan.attention_dp * jnp.ones_like(gpus),
         idle_seats=x.coefficients.idle_seats * jnp.ones_like(gpus),
-        alone=jnp.maximum(x.load.osl - 1.0, 1e-3) * alone,
         price=gpus * x.device.price + experts * device.price,
         power=gpus * x.device.power + experts * device.power,
     )
@@ -162,10 +160,14 @@ def journey(
         turns=a.turns,
         decoders=workers[1] * b.ranks,
         idle_seats=b.idle_seats,
-        alone=b.alone,
     )
     moved = line.per_byte * b.cache * b.holders
     return trip, jnp.minimum(servers / a.service, safe_divide(sides, moved, otherwise=1e12))
+
+
+def answer(load: Load, tpot: Number) -> Number:
+    """Seconds from the first token to the last."""
+    return jnp.maximum(load.osl - 1.0, 1e-3) * tpot
 
 
 def first_token(x: Scenario, running: Number, tpot: Number) -> Number:
@@ -181,6 +183,7 @@ def first_token(x: Scenario, running: Number, tpot: Number) -> Number:
 __all__ = [
     "Receiver",
     "Sender",
+    "answer",
     "burdens",
     "first_token",
     "journey",

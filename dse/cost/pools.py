@@ -20,7 +20,7 @@ from dse.cost.afd import AttentionFfn, attention_memory, estimate_attention_ffn_
 from dse.cost.evaluate import Scenario
 from dse.cost.memory import Memory
 from dse.cost.pool_queue import Journey, computed, exposed, in_flight, met
-from dse.cost.pool_sides import Receiver, Sender, first_token, journey, layer_count, link, receiver, sender
+from dse.cost.pool_sides import Receiver, Sender, answer, first_token, journey, layer_count, link, receiver, sender
 from dse.cost.pool_steps import (
     DecodeTimes,
     decode_memory,
@@ -166,22 +166,23 @@ def estimate_split_one(x: Split) -> SplitEstimate:
     )
     times = prefill_times(s_prefill, x.prefill.load)
     a = sender(x.prefill, times)
-    ranks = x.decode.plan.attention_dp * jnp.ones_like(a.idle)
-    b = receiver(x.decode, decode_worker(x, s_decode, ranks).tpot, x.ffn)
+    b = receiver(x.decode, x.ffn)
     sides = (x.prefill.topology, x.decode.topology), (x.prefill.coefficients, x.decode.coefficients)
     line = link(*sides, workers[0] * a.gpus + workers[1] * b.gpus, x.apart, x.transfer.free)
     trip, most = journey(a, b, line, workers, layer_count(x.decode.architecture), x.transfer.layerwise)
 
-    def until_token(running: Number, tpot: Number) -> Journey:
-        """The way to a first token with so many requests in decode."""
-        return replace(trip, fixed=trip.fixed + x.transfer.first_step * first_token(x.decode, running, tpot))
+    def decoding(running: Number) -> tuple[Number, Journey]:
+        """TPOT of so many requests in decode, a worker, and the way to a first token that they leave."""
+        tpot, half = jax.vmap(lambda n: decode_worker(x, s_decode, n).tpot)(jnp.stack([running, 0.5 * running]))
+        own = x.transfer.first_step * first_token(x.decode, running, tpot)
+        return tpot, replace(trip, fixed=trip.fixed + own, half=answer(load, half))
 
     def excess(share: Number) -> Number:
         """Above 0: more requests in decode than N users, or the pool before it, can keep there."""
         running = share * load.concurrency / workers[1]
-        tpot = decode_worker(x, s_decode, running).tpot
+        tpot, way = decoding(running)
         rate = workers[1] * decode_rate(running, load.osl, tpot)
-        n, _ = in_flight(until_token(running, tpot), jnp.minimum(rate, most), running * workers[1])
+        n, _ = in_flight(way, jnp.minimum(rate, most), running * workers[1])
         return jnp.maximum(n / load.concurrency, rate / most) - 1.0
 
     asked = _root(excess) * load.concurrency / workers[1]
@@ -190,7 +191,7 @@ def estimate_split_one(x: Split) -> SplitEstimate:
     decode = decode_worker(x, s_decode, running)
     rate = workers[1] * decode_rate(running, load.osl, decode.tpot)
     ttft = (load.concurrency - running * workers[1]) / rate
-    trip = until_token(running, decode.tpot)
+    _, trip = decoding(running)
     prefill = computed(trip, met(trip, rate, running * workers[1]))
     travel = line.fixed + exposed(trip, prefill)
     held = asked if x.seats is None else jnp.minimum(asked, x.seats)

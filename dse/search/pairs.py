@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -74,7 +75,7 @@ def meet(p: PrefillWorkers, d: DecodeWorkers, job: Job) -> Paired:
     """One prefill point, one decode point, numbers of workers: the operating point at which both are as priced."""
     trip, most = journey(p.side, d.side, job.line, job.workers, job.layers, job.layerwise)
     rate, decoding = job.workers[1] * d.rate, job.workers[1] * d.running
-    users, ttft = in_flight(trip, jnp.minimum(rate, most), decoding)
+    users, ttft = in_flight(replace(trip, half=d.half), jnp.minimum(rate, most), decoding)
     out = delivered(p.side, d.side, job.workers, job.load, rate, ttft, d.tpot)
     return Paired(
         **vars(out),

@@ -13,7 +13,7 @@ import numpy as np
 
 from dse.cost.afd import AttentionFfn, AttentionFfnEstimate, estimate_attention_ffn_one
 from dse.cost.evaluate import Scenario
-from dse.cost.pool_sides import Receiver, Sender, burdens, receiver, sender
+from dse.cost.pool_sides import Receiver, Sender, answer, burdens, receiver, sender
 from dse.cost.pool_steps import decode_memory, decode_rate, decode_times, fuller, prefill_memory, prefill_times
 from dse.cost.shard import Sharded, shard_scenario, speculating
 from dse.cost.types import Load, Number, pytree
@@ -38,6 +38,7 @@ class DecodeWorkers:
 
     side: Receiver
     tpot: Number
+    half: Number  # seconds of an answer with half as many running
     running: Number
     rate: Number
     memory: Number
@@ -77,11 +78,12 @@ def decode_kernel(t: Tables, rows: Number) -> DecodeWorkers:
         x = drafting(replace(x, load=loaded(t, load)))
         running = x.load.concurrency
         memory = decode_memory(x, running)
-        few, tpot = jax.vmap(lambda n: decode_times(replace(s, plan=x.plan), x.load, n).tpot)(
-            jnp.stack([x.plan.attention_dp * jnp.ones_like(running), running])
+        tpot, half = jax.vmap(lambda n: decode_times(replace(s, plan=x.plan), x.load, n).tpot)(
+            jnp.stack([running, 0.5 * running])
         )
         return DecodeWorkers(
-            side=receiver(x, few),
+            side=receiver(x),
+            half=answer(x.load, half),
             tpot=tpot,
             running=running,
             rate=decode_rate(running, x.load.osl, tpot),
@@ -109,10 +111,11 @@ def apart_kernel(t: Tables, rows: Number, gpus: Number, micro_batches: Number) -
             attention = replace(x, load=replace(x.load, concurrency=n))
             return estimate_attention_ffn_one(AttentionFfn(attention=attention, ffn=ffn, micro_batches=micro_batches))
 
-        few, found = price(x.plan.attention_dp * jnp.ones_like(running)).tpot, price(running)
+        found, half = price(running), price(0.5 * running).tpot
         memory = fuller(found.attention_memory, found.ffn_memory)
         return DecodeWorkers(
-            side=receiver(x, few, ffn),
+            side=receiver(x, ffn),
+            half=answer(x.load, half),
             tpot=found.tpot,
             running=running,
             rate=decode_rate(running, x.load.osl, found.tpot),
