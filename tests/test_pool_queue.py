@@ -136,6 +136,23 @@ def test_what_an_undivided_engine_has_and_pools_have_not_changes_nothing() -> No
                     assert float(late[0] - plain[0]) >= 4 * 0.3 * (1 - 1e-9)  # Little: those without a seat wait
 
 
+@pytest.mark.parametrize(
+    ("c", "q", "rate", "decoding"), [(1, 1.0, 2.0, 20.0), (8, 1.0, 20.0, 150.0), (8, 8.0, 30.0, 300.0)]
+)
+def test_users_have_gradients_by_what_the_fit_learns(c: int, q: float, rate: float, decoding: float) -> None:
+    at = np.array([2.0, 0.1, 5.0])  # turns, idle seats, an answer among half as many
+
+    def users(x: jax.Array) -> jax.Array:
+        j = replace(way(c, q=q, f=0.1), turns=x[0], idle_seats=x[1], half=x[2], decoders=4.0)
+        return in_flight(j, rate, decoding)[0]
+
+    with jax.enable_x64(True):
+        exact = np.asarray(jax.jacfwd(users)(at))
+        step = 1e-6 * np.eye(3)
+        finite = [(float(users(at + h)) - float(users(at - h))) / 2e-6 for h in step]
+    assert exact == pytest.approx(finite, rel=1e-5, abs=1e-6)
+
+
 def simulated_pool(j: Journey, clients: int, requests: int = 12_000, ahead: bool = False) -> tuple[float, float, float]:
     """(mean TTFT, requests/s, mean number in decode) past the start; decode takes 8 to 12 s whatever the load.
 

@@ -3,7 +3,7 @@
 The steps are those of `step`; this file adds the queue before the prefill pool, the transfer, and Little's law, which
 ties them: N requests in flight = X * TTFT + those in decode, X requests/s. Whoever is slower, a pool, the link or the N
 users, sets X; nothing waits longer than the other requests in flight allow.
-Ignored: variance of lengths, preemption, prefill ranks that batch short prompts while they could still wait.
+Ignored: variance of lengths, preemption, a lone prefill rank that batches short prompts, waves after the second.
 """
 
 from __future__ import annotations
