@@ -235,7 +235,9 @@ def first_answer(few: float, many: float, drain: float) -> float:
 def test_a_second_wave_waits_where_few_answer_before_all_are_computed() -> None:
     """One server of a prompt a second, 100 users: answers of 20 s for few, of 110 s for all, 40 s and 110, 110 s."""
     trip = Journey(
-        **dict.fromkeys(("idle", "busy", "full", "service", "stage", "chunks", "workers", "servers", "layers"), 1.0),
+        **dict.fromkeys(
+            ("idle", "busy", "full", "service", "stage", "chunks", "prompts", "workers", "servers", "layers"), 1.0
+        ),
         **dict.fromkeys(("more", "fixed", "travel", "layerwise", "first_wave"), 0.0),
     )
     waits = []

@@ -31,6 +31,7 @@ def way(c: int, workers: int = 1, q: float = 1.0, f: float = 0.0, chunks: float 
         service=full / q,
         stage=1.0,
         chunks=chunks,
+        prompts=q,
         workers=float(workers),
         servers=float(c),
         fixed=0.05,

@@ -27,6 +27,7 @@ class Journey:
     service: Number  # a prompt's share of full steps
     stage: Number  # share of a prompt's own time in which the worker takes no other step: 1 without a pipeline
     chunks: Number  # steps of a prompt
+    prompts: Number  # of a full step on one rank
     workers: Number  # of the prefill pool
     servers: Number  # their attention-DP ranks
     fixed: Number  # arrival overhead, latency of the transfer, steps of the decode worker to a first token of its own
@@ -92,20 +93,16 @@ def boundary(j: Journey, rate: Number, own: Number) -> Number:
     return 0.5 * every * own * j.stage / (1.0 + (j.chunks - 1.0) * (1.0 - 1.0 / ranks))
 
 
-def room(j: Journey) -> Number:
-    """Prompts that a full step of a prefill worker holds, on all its ranks."""
-    return j.servers / j.workers * j.full / j.service
-
-
 def fixed_before(j: Journey, rate: Number, own: Number) -> Number:
     """Share of the time in which a worker that schedules ahead has fixed its next step while one runs.
 
     Where a step leaves nobody over, all who come while it runs go into the next one: it waits for no scheduler. More
-    than m = `room`, of the x = rate T / workers who come meanwhile, leave some over; they fix the next step, and those
-    of that step the one after it, until a step brings none: p/(p + exp(-x)), with p = exp(-x) x^(m+1)/(m+1)!, which
-    nearly all of the Poisson tail is where it matters (Stirling). With m = 1 a fixed step has no room for others.
+    than m, the `prompts` of all ranks, of the x = rate T / workers who come meanwhile, leave some over; they fix the
+    next step, and those of that step the one after it, until a step brings none: p/(p + exp(-x)), with p =
+    exp(-x) x^(m+1)/(m+1)!, which nearly all of the Poisson tail is where it matters (Stirling). With m = 1 a fixed step
+    has no room for others.
     """
-    m, x = jnp.maximum(room(j), 1.0), jnp.maximum(rate * own * j.stage / j.workers, 1e-9)
+    m, x = jnp.maximum(j.servers / j.workers * j.prompts, 1.0), jnp.maximum(rate * own * j.stage / j.workers, 1e-9)
     odds = (m + 1.0) * (1.0 + jnp.log(x / (m + 1.0))) - 0.5 * jnp.log(2.0 * math.pi * (m + 1.0))
     return jnp.minimum(m - 1.0, 1.0) * sigmoid(odds)
 
@@ -209,7 +206,6 @@ __all__ = [
     "exposed",
     "in_flight",
     "met",
-    "room",
     "second_wave",
     "waiting",
 ]

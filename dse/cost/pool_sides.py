@@ -27,6 +27,7 @@ class Sender:
     service: Number
     stage: Number
     chunks: Number
+    prompts: Number
     ranks: Number  # attention-DP ranks
     gpus: Number
     holders: Number  # GPUs that hold a part (or a copy) of one request's KV cache
@@ -94,6 +95,7 @@ def sender(x: Scenario, times: PrefillTimes) -> Sender:
         service=times.service,
         stage=times.stage,
         chunks=times.chunks,
+        prompts=times.prompts,
         ranks=x.plan.attention_dp,
         gpus=gpus,
         holders=request_ranks(x.plan),
@@ -113,7 +115,7 @@ def burdens(s: Sender) -> list[Number]:
     start, prompts of a full step.
     """
     seconds = [s.idle, s.busy, s.more, s.longest, s.service / s.ranks, s.stage, s.arrival, s.first_wave, s.turns]
-    return [*seconds, -s.ranks, -s.holders, -s.chunks, -s.ranks * s.longest / s.service]
+    return [*seconds, -s.ranks, -s.holders, -s.chunks, -s.prompts]
 
 
 def receiver(x: Scenario, ffn: Scenario | None = None) -> Receiver:
@@ -150,6 +152,7 @@ def journey(
         service=a.service,
         stage=a.stage,
         chunks=a.chunks,
+        prompts=a.prompts,
         workers=workers[0],
         servers=servers,
         fixed=a.arrival + line.fixed,

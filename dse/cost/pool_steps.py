@@ -27,6 +27,7 @@ class PrefillTimes:
     service: Number  # a prompt's share of full steps: 1 / (prompts/s of a rank)
     stage: Number  # share of `idle` in which the worker's first pipeline stage is taken
     chunks: Number  # steps of a prompt
+    prompts: Number  # of a full step
     alone: Step
     full: Step
 
@@ -65,6 +66,7 @@ def prefill_times(s: Sharded, load: Load) -> PrefillTimes:
         service=filled.total * prompt / full,
         stage=chunks * alone.total / idle,
         chunks=chunks,
+        prompts=full / prompt,
         alone=alone,
         full=filled,
     )
