@@ -7,6 +7,8 @@ Ranks of attention DP step together (`lockstep`), so that an iteration is as lon
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
@@ -81,6 +83,7 @@ class Slowest:
     of its own until all ranks have one; from there on a rank's are sums, which vary by the root of their number."""
 
     tokens: Number  # (n,) ascending
+    wide: Number  # (n,) their standard deviation by the number of its pieces
     chance: Number  # (n,) of each
     none: Number  # chance that there is no piece
 
@@ -88,10 +91,13 @@ class Slowest:
         """Expected excess over `own` of what the slowest has of `values` (n,)."""
         return jnp.sum(jnp.maximum(values - own[..., None], 0.0) * self.chance, -1)
 
-    def moments(self, values: Number) -> tuple[Number, Number]:
-        """Mean and standard deviation of what the slowest has of `values` (n,), where there is a piece."""
+    def moments(self, price: Callable[[Number], Number]) -> tuple[Number, Number]:
+        """Mean and standard deviation of what the slowest has of a price of tokens (n,), where there is a piece."""
+        values = price(self.tokens)
         mean = jnp.sum(values * self.chance) / (1.0 - self.none)
-        return mean, safe_sqrt(jnp.sum((values - mean) ** 2 * self.chance) / (1.0 - self.none))
+        apart = 0.5 * (price(self.tokens + self.wide) - price(jnp.maximum(self.tokens - self.wide, 0.0)))
+        square = jnp.sum(((values - mean) ** 2 + apart**2) * self.chance) / (1.0 - self.none)
+        return mean, safe_sqrt(square)
 
 
 def slowest_of(x: Replica, budget: Number, count: Number, ranks: Number) -> Slowest:
@@ -105,12 +111,14 @@ def slowest_of(x: Replica, budget: Number, count: Number, ranks: Number) -> Slow
     each = x.mean(x.prompt) / x.mean(pieces)
     ranks = jnp.maximum(ranks, 1.0)
     turns = ranks * jnp.array([1.0, 2.0, 3.0])  # in turn: the fullest rank gets one more from each of these on
-    many = 1.0 + jnp.sum(ndtr((count - turns - 0.5) / jnp.sqrt(count + 0.25)))
-    many = jnp.maximum(many, count / ranks)
+    more = ndtr((count - turns - 0.5) / jnp.sqrt(count + 0.25))
+    many = jnp.maximum(1.0 + jnp.sum(more), count / ranks)
+    spread = safe_sqrt(jnp.sum(jnp.array([3.0, 5.0, 7.0]) * more) - (many - 1.0) * (many + 1.0))
     tokens = jnp.clip(each * many + (size - each) * jnp.sqrt(many), 0.0, budget)
+    wide = jnp.minimum(each * spread, budget - tokens)
     none = jnp.exp(-count)
     at_most = jnp.exp(-count / many * (1.0 - below))
-    return Slowest(tokens=tokens, chance=jnp.diff(at_most, prepend=none), none=none)
+    return Slowest(tokens=tokens, wide=wide, chance=jnp.diff(at_most, prepend=none), none=none)
 
 
 def at_least_one(mean: Number) -> Number:
@@ -135,13 +143,17 @@ def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tup
 
     def long_ones(share: Number) -> tuple[Slowest, Number, Number]:
         crowd = slowest_of(x, f.budget, at_least_one(x.ranks * f.tokens / each / share), x.ranks)
-        mean = jnp.clip(crowd.moments(crowd.tokens)[0], f.tokens / share, f.budget)
+        mean = jnp.clip(crowd.moments(lambda tokens: tokens)[0], f.tokens / share, f.budget)
         return crowd, mean, curve.other * (jnp.maximum(x.ranks * f.tokens / share - mean, 0.0) - f.others)
 
     def better(_: Number, share: Number) -> Number:
         crowd, _, shift = long_ones(share)
-        seconds = curve(crowd.tokens) + crowd.tokens * x.extra + shift
-        pace = short + share * jnp.maximum(crowd.moments(seconds)[0] - short, 0.0)
+
+        def price(tokens: Number) -> Number:
+            return curve(tokens) + tokens * x.extra + shift
+
+        seconds = price(crowd.tokens)
+        pace = short + share * jnp.maximum(crowd.moments(price)[0] - short, 0.0)
         counts = x.ranks * u / pace * jnp.append(seconds, short)  # requests that come in an iteration
         come = any_come(dispersion(scv, counts), counts)
         # a short one follows where none comes and the slowest rank, hence any, has a last piece
@@ -151,7 +163,7 @@ def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tup
 
     share = jax.lax.fori_loop(0, ROUNDS, better, f.anywhere)
     crowd, mean, shift = long_ones(share)
-    joint = replace(f, anywhere=share, slowest=mean, spread=crowd.moments(crowd.tokens)[1])
+    joint = replace(f, anywhere=share, slowest=mean, spread=crowd.moments(lambda tokens: tokens)[1])
     joint, shift = jax.tree.map(lambda many, one: jnp.where(x.ranks > 1, many, one), (joint, shift), (f, 0.0))
     return joint, shift, crowd
 

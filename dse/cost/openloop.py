@@ -75,6 +75,8 @@ class Others:
     slowest: Slowest
     seconds: Number  # (n,) an iteration of what it has
     crowded: Number  # more for the tokens of all others
+    found: Number  # (k, 2, n) as `seconds`, behind an iteration of kind k, where it has fewer pieces or more of them
+    chance: Number  # (k, 1, n) of each
 
 
 def others_of(x: Replica, t: Times, u: Number) -> Others | None:
@@ -88,10 +90,20 @@ def others_of(x: Replica, t: Times, u: Number) -> Others | None:
     come = t.rate(u) * jnp.sum(often * lasts) + u * (pieces - 1.0) * jnp.sum(often[1:]) / f.anywhere
     elsewhere = (x.ranks - 1.0) * come
     slowest = slowest_of(x, f.budget, elsewhere, x.ranks - 1.0)
+
+    def seconds(tokens: Number) -> Number:
+        return t.curve(tokens) + tokens * x.extra
+
+    # a long iteration is followed by a long one: more have come meanwhile
+    going_on = u * (pieces - 1.0) / f.anywhere * jnp.array([0.0, 1.0, 1.0])
+    after = (x.ranks - 1.0) * (t.rate(u) * lasts + going_on)
+    found = jax.vmap(lambda count: slowest_of(x, f.budget, count, x.ranks - 1.0))(after)
     return Others(
         slowest=slowest,
-        seconds=t.curve(slowest.tokens) + slowest.tokens * x.extra,
+        seconds=seconds(slowest.tokens),
         crowded=t.curve.other * jnp.maximum(elsewhere * x.mean(x.prompt) / pieces - f.others, 0.0),
+        found=jnp.stack([seconds(jnp.maximum(found.tokens + sign * found.wide, 0.0)) for sign in (-1.0, 1.0)], 1),
+        chance=0.5 * found.chance[:, None],
     )
 
 
@@ -197,14 +209,15 @@ def joined_of(
     if others is None:
         return joined, shared, jnp.zeros_like(own.left)
     # ranks differ in what holds them up
-    chance = others.slowest.chance
-    excess = jnp.maximum(others.seconds - own.unheld[:, None], 0.0)
-    held, often = jnp.sum(excess * chance, -1), jnp.sum((excess > 0.0) * chance, -1)
-    varying = safe_divide(jnp.sum(excess**2 * chance, -1) * often, held**2, otherwise=2.0) - 1.0
+    excess = jnp.maximum(others.found[:, None] - own.unheld[:, None, None], 0.0)  # (k, n, 2, n)
+    weights = others.chance[:, None]
+    held, square = (jnp.sum(excess**power * weights, (-2, -1)) for power in (1, 2))
+    often = jnp.sum((excess > 0.0) * weights, (-2, -1))
+    varying = safe_divide(square * often, held**2, otherwise=2.0) - 1.0
     held = jnp.where(x.ranks > 1, held, 0.0)
     hold = replace(joined, mean=held, delayed=often, scv=varying)
     joined = jax.tree.map(lambda many, one: jnp.where(x.ranks > 1, many, one), both(joined, hold), joined)
-    return joined, shared, held
+    return joined, shared, jnp.where(x.ranks > 1, others.slowest.beyond(others.seconds, own.unheld), 0.0)
 
 
 def paces_of(x: Replica, t: Times, u: Number, own: Number, queue: Wait, seats: Occupancy) -> tuple[Number, Number]:

@@ -79,7 +79,7 @@ def times(x: Replica, u: Number) -> Times:
     mixed, several, follow = drains(x, u, f, curve, before)
     mixed = mixed + f.slowest * extra
     if lockstep(x):
-        slowest, uneven = crowd.moments(curve(crowd.tokens) + crowd.tokens * x.extra)
+        slowest, uneven = crowd.moments(lambda tokens: curve(tokens) + tokens * x.extra)
         mixed, several = jnp.where(x.ranks > 1, slowest, mixed), jnp.where(x.ranks > 1, uneven, several)
     # A request in decode finds n + Var[n]/n there; more of them are slower, and so stay for longer.
     steady = (1.0 - f.anywhere) * before + f.anywhere * mixed
