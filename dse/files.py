@@ -1,4 +1,4 @@
-"""Outputs that appear whole: written beside their place under another name, then renamed. Tables as they are read."""
+"""Outputs that appear whole: written beside their place under another name, then renamed. Tables and YAML as read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEEPEST = 50  # levels of a YAML file
+MOST_NODES = 4_000_000  # values of a YAML file
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
@@ -137,35 +139,87 @@ def _readable(path: Path, what: str) -> None:
         raise InputError(f"{path}: does not exist; give {what}")
 
 
-def yaml_text(path: Path, remedy: str = "give a YAML file") -> str:
-    """The text of a YAML file that a person gives, not nested too deeply; one InputError where there is none."""
+def read_yaml(path: str | Path, remedy: str = "give a YAML file") -> Any:
+    """The plain data of a YAML file that a person gives; `load_yaml` has what is refused."""
+    return load_yaml(yaml_text(path, remedy), str(path))
+
+
+def yaml_text(path: str | Path, remedy: str = "give a YAML file") -> str:
+    """The text of a file that a person gives; one InputError where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # a NUL in a name, bytes that are no UTF-8
         raise InputError(f"{path}: cannot be read ({error}); {remedy}") from None
-    refuse_deep_yaml(text, str(path))
-    return text
 
 
-def load_yaml(text: str) -> Any:
-    """A YAML text as plain data, by the C loader where there is one. Raises yaml.YAMLError."""
+def load_yaml(text: str, where: str) -> Any:
+    """A YAML text as plain data, by the C loader where there is one. `where` begins every message.
+
+    Raises InputError with the line where it is not YAML, writes a key twice (YAML would take the last one), nests
+    deeper than DEEPEST, or holds more than MOST_NODES values once aliases are followed.
+    """
     import yaml
 
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    try:
+        _refuse_deep(text, where)
+        data = yaml.load(text, Loader=_yaml_loader())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        what = " ".join(str(error.problem or error.context or "cannot be read").split())
+        raise InputError(
+            f"{where}:{line}: not valid YAML: {what}; is the file whole, and indented with spaces?"
+        ) from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    _refuse_large(data, where)
+    return data
 
 
-def refuse_deep_yaml(text: str, where: str) -> None:
-    """Raises InputError where a YAML text nests deeper than DEEPEST: its loader recurses, and the C one crashes."""
+@cache
+def _yaml_loader() -> Any:
+    """Safe YAML in which a key written twice is an error."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: dict[str, int] = {}
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                    continue
+                if key.value in seen:
+                    problem = f"key {key.value!r} is written twice (also on line {seen[key.value]}); keep one"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen[key.value] = key.start_mark.line + 1
+            found: dict[Any, Any] = super().construct_mapping(node, deep)
+            return found
+
+    return Loader
+
+
+def _refuse_deep(text: str, where: str) -> None:
+    """Before it is loaded: the loader recurses, and the C one crashes."""
     import yaml
 
     depth = 0
-    try:
-        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise InputError(f"{where}: nested too deeply (allowed: {DEEPEST} levels); is it the right file?")
-    except yaml.YAMLError:
-        return  # the loader says what is wrong
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise InputError(f"{where}: nested too deeply (allowed: {DEEPEST} levels); is it the right file?")
+
+
+def _refuse_large(data: Any, where: str) -> None:
+    """What aliases blow up (or tie into a ring), before anything walks it."""
+    stack, count = [data], 0
+    while stack:
+        item = stack.pop()
+        count += 1
+        if count > MOST_NODES:
+            raise InputError(f"{where}: more than {MOST_NODES} values once aliases are followed; write ranges instead")
+        if isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
 
 
 def _write(path: Path, raw: bytes) -> None:
@@ -193,6 +247,6 @@ __all__ = [
     "output_file",
     "read_csv",
     "read_parquet",
-    "refuse_deep_yaml",
+    "read_yaml",
     "yaml_text",
 ]

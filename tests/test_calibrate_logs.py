@@ -75,9 +75,15 @@ def test_a_sidecar_speaks_for_its_own_file(requests, tmp_path):
     assert only_row(first)["gpu"] == "h200"
     assert only_row(first)["tp"] == "2"
     assert only_row(second)["gpu"] == "h100"
-    (tmp_path / "10.0.json.yaml").write_text("- h200\n")
-    with pytest.raises(InputError, match=r"10\.0\.json\.yaml"):
-        read_log(first, GIVEN)
+    for text, says in [
+        ("- h200", "holds no columns"),
+        ("gpu: h200\ngpu: h100", "line 2: not valid YAML: key 'gpu' is written twice"),
+        ("gpu: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("gpu: [", "line 2: not valid YAML"),
+    ]:
+        (tmp_path / "10.0.json.yaml").write_text(text)
+        with pytest.raises(InputError, match=r"10\.0\.json\.yaml.*" + says):
+            read_log(first, GIVEN)
 
 
 def test_metadata_of_vllm_bench_is_read(requests, tmp_path):
@@ -154,6 +160,14 @@ def test_config_beside_inference_perf_says_model_and_server(requests, tmp_path):
     (tmp_path / "config.yaml").write_text("server: {type: sglang, model_name: Qwen/Qwen3-32B}\n")
     row = only_row(path, {"gpu": "h100", "tp": "1", "weights": "bf16"})
     assert (row["model"], row["engine"]) == ("Qwen/Qwen3-32B", "sglang")
+    for text, says in [
+        ("server: sglang", "server: 'sglang' is not keys with values"),
+        ("just words", "server: 'just words' is not"),
+        ("server: {}\nserver: {}", "line 2: not valid YAML: key 'server' is written twice"),
+        ("server: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+    ]:
+        (tmp_path / "config.yaml").write_text(text)
+        assert says in why_not(path)
 
 
 def test_genai_perf_and_the_older_places_of_aiperf(requests, tmp_path):

@@ -326,7 +326,11 @@ def test_own_entries_are_found_beside_and_before_the_catalogue(tmp_path: Path) -
         ),
         ("source: quote", "source: ''", [r"price_usd_hour\.source: ''"]),
         ("hbm_gb_s:", "hbm_gbs:", ["unknown key 'hbm_gbs'", "nearest: hbm_gb_s", r"gpus\.mine\.hbm_gb_s: missing"]),
-        ("tdp_w:", "vendor:", ["'vendor' is given twice", "line"]),
+        (
+            "tdp_w:",
+            "vendor:",
+            [r"line \d+: not valid YAML: key 'vendor' is written twice \(also on line \d+\); keep one"],
+        ),
         ("aliases: [my gpu]", "name: other", ["'other'", "remove the line"]),
         ("gpus:", "gpu:", ["unknown key 'gpu'", "nearest: gpus"]),
         ("  mine:", "  mine: [", ["not valid YAML"]),

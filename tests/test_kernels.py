@@ -182,7 +182,11 @@ def test_a_gpu_has_a_few_dozen_numbers_of_its_own() -> None:
         ("kernels: {gemm: {bfloat16: {base: {launch: 1.0e-6}}}}", "lacks"),
         ("kernels: {gemm: {bfloat16: {base: {launhc: 1.0}}}}", "launch"),
         ("kernels: {gemm: {bfloat16: {base: {launch: .nan}}}}", "not a number"),
-        ("kernels: [", "cannot be read as YAML"),
+        ("kernels: [", "own.yaml: line 2: not valid YAML"),
+        (
+            "kernels: 3\nkernels: {}",
+            "own.yaml: line 2: not valid YAML: key 'kernels' is written twice (also on",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_error(text: str, says: str) -> None:

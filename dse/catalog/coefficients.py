@@ -16,8 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dse.catalog.uncertainty import Uncertainty, read_uncertainty
 from dse.cost.coefficients import Coefficients
 from dse.errors import InputError, unknown
@@ -148,10 +146,7 @@ def _shipped(name: str) -> CoefficientSet:
 
 def read(name: str, where: str, text: str) -> CoefficientSet:
     """Parse a set: `base` and `factors` by level, or plain `name: value` lines. One InputError names all problems."""
-    try:
-        data: Any = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: cannot be read as YAML ({_first_line(error)}); write `name: value` lines") from None
+    data = load_yaml(text, where)
     if not isinstance(data, dict) or not data:
         raise InputError(f"{where}: holds no coefficients; write `name: value` lines such as `gemm_bf16: 0.75`")
     whole = "base" in data or "factors" in data
@@ -184,7 +179,3 @@ def _wrong(values: Mapping[str, Any], place: str) -> list[str]:
         elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             problems.append(f"{place}{key}: {value!r} is not a number from 0 on")
     return problems
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dse.cost.attention_kernels import (
     ContextAttentionKernel,
@@ -112,10 +111,7 @@ def _shipped() -> KernelSet:
 
 def read(name: str, where: str, text: str) -> KernelSet:
     """Parse a set; one InputError names all problems."""
-    try:
-        data: Any = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    data = load_yaml(text, where)
     if not isinstance(data, dict) or not isinstance(data.get("kernels"), dict):
         raise InputError(f"{where}: holds no `kernels:` by operator; catalog/coefficients/kernels.yaml is such a file")
     problems = [problem for op, tables in data["kernels"].items() for problem in _problems(op, tables)]

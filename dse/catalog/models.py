@@ -9,12 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dse.catalog.model_schema import MixerSpec, ModelEntry, parse
 from dse.cost.types import Architecture, Core, FeedForward, Gemm, Indexer, Mixer, Routed, State
 from dse.errors import InputError, unknown
-from dse.files import load_yaml, refuse_deep_yaml
+from dse.files import load_yaml
 
 FOLDER = Path(__file__).parent / "models"
 # Words of a checkpoint's name that say how it was trained or stored, not what shape it has.
@@ -100,14 +98,12 @@ def load_model_file(path: str | Path) -> ModelEntry:
 
 
 def _load(text: str, path: Path) -> Any:
+    if path.suffix != ".json":
+        return load_yaml(text, str(path))
     try:
-        if path.suffix == ".json":
-            return json.loads(text)
-        refuse_deep_yaml(text, str(path))
-        return load_yaml(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise InputError(f"{path}: not valid {kind}: {' '.join(str(error).split())}") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
 
 
 # --------------------------------------------------------------------------------------------- numbers

@@ -7,15 +7,14 @@ by pydantic with their paths and leave here as one `InputError`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from dse.errors import InputError
-from dse.files import yaml_text
+from dse.files import load_yaml, yaml_text
 
 File = TypeVar("File", bound=BaseModel)
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -137,18 +136,6 @@ class ClusterFile(Spec):
 # ------------------------------------------------------------------------------------------------ reading
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Safe YAML in which a key given twice is an error, not the last one's win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
 def read(path: Path, model: type[File]) -> File:
     """A YAML file as `model`; whatever is wrong with it is one `InputError`."""
     return parse(yaml_text(path, "give a YAML file in UTF-8"), model, str(path))
@@ -157,11 +144,7 @@ def read(path: Path, model: type[File]) -> File:
 def parse(text: str, model: type[File], where: str) -> File:
     """YAML text as `model`; `where` starts the message of every error."""
     try:
-        data = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    try:
-        return model.model_validate(data)
+        return model.model_validate(load_yaml(text, where))
     except ValidationError as error:
         raise InputError(_message(error, model, where)) from None
 

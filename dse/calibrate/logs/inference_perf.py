@@ -16,6 +16,7 @@ from typing import Any
 
 from dse.calibrate.logs.run import Run, Stats
 from dse.errors import InputError
+from dse.files import read_yaml
 
 _ENGINES = ("vllm", "sglang")  # `server.type`; tgi and mock are none of ours
 
@@ -50,15 +51,13 @@ def inference_perf(data: Mapping[str, Any], path: Path) -> Run:
 
 def _said(path: Path) -> dict[str, str]:
     """What the run's own `config.yaml`, written beside the reports, says of model and server."""
-    import yaml
-
     beside = path.parent / "config.yaml"
     if not beside.is_file():
         return {}
-    try:
-        server = (yaml.safe_load(beside.read_text(encoding="utf-8")) or {}).get("server") or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
-        raise InputError(f"{beside.name} beside it cannot be read: {' '.join(str(error).split())}") from None
+    whole = read_yaml(beside) or {}
+    server = (whole.get("server") or {}) if isinstance(whole, Mapping) else whole
+    if not isinstance(server, Mapping):
+        raise InputError(f"{beside}: server: {server!r} is not keys with values; write server: {{type: vllm}}")
     said = {"model": server.get("model_name"), "engine": server.get("type") if server.get("type") in _ENGINES else None}
     return {name: str(value) for name, value in said.items() if value}
 

@@ -13,6 +13,7 @@ from dse.calibrate.logs.bench import is_sglang, is_vllm, sglang, vllm
 from dse.calibrate.logs.inference_perf import inference_perf, is_inference_perf
 from dse.calibrate.logs.run import SAYABLE, Run, to_row
 from dse.errors import InputError, unknown
+from dse.files import read_yaml
 
 FORMATS = (
     "vLLM `bench serve --save-result` or benchmark_serving.py (JSON)",
@@ -87,15 +88,10 @@ def _broken(path: Path, error: Exception) -> list[Any]:
 
 def sidecar(path: Path) -> dict[str, str]:
     """What `<file>.yaml` says of a log: columns and values."""
-    import yaml
-
     beside = path.with_name(path.name + ".yaml")
     if not beside.is_file():
         return {}
-    try:
-        data = yaml.safe_load(beside.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{beside}: not valid YAML: {' '.join(str(error).split())}") from None
+    data = read_yaml(beside)
     if not isinstance(data, Mapping):
         raise InputError(f"{beside}: holds no columns; write one a line (gpu: h100)")
     return checked({str(key): str(value) for key, value in data.items() if value is not None}, str(beside))
