@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from scipy.optimize import OptimizeResult, minimize
@@ -16,6 +18,7 @@ Array = np.ndarray
 MOST_STEPS = 60
 LEAST_SPREAD = 2e-3  # of a prior below which a parameter is not fitted: it would move by less than 0.2%
 LEAST_TOLD = 1e-6  # information in units of the prior's, below which the data say nothing of a parameter
+WORKERS = 2  # fits side by side: models release the interpreter, factorisations do not, so more gain nothing
 START_SPREAD = 0.3  # of a random start, in prior standard deviations
 
 
@@ -46,6 +49,7 @@ class _Problem:
     sources: tuple[Source, ...]
     layout: Layout
     designs: tuple[Array, ...]  # (n, blocks) of each source
+    alike: tuple[tuple[tuple[Array, tuple[int, ...]], ...], ...]  # of each source: rows of the same blocks, the blocks
     seen: tuple[Array, ...]  # (n, k) of each source: measured, and of a row that the fit may see
     weights: tuple[Array, ...]  # (n, k) of each source: of the residual's loss
     centre: Array
@@ -80,24 +84,26 @@ class _Problem:
         return information
 
     def information(self, theta: Array, some: Array | None = None) -> Array:
-        """J' W J of the data alone, by the parameters numbered `some` (all).
+        """J' W J of the data alone, by the parameters numbered `some` (ascending; None: all).
 
-        Rows of the same levels share their blocks: their coefficients' part (F, F) is summed once and put wherever two
-        of the blocks meet.
+        Rows of the same levels share their blocks: their coefficients' part (F, F) is summed once and added wherever
+        two of the blocks meet.
         """
-        asked = np.arange(self.layout.size) if some is None else some
-        place = np.full((self.layout.size // len(FREE), len(FREE)), -1)
-        place.ravel()[asked] = np.arange(len(asked))
-        total = np.zeros((len(asked), len(asked)))
-        for i, design in enumerate(self.designs):
+        blocks = self.layout.size // len(FREE)
+        asked = np.ones((blocks, len(FREE)), bool)
+        if some is not None:
+            asked = np.isin(np.arange(self.layout.size), some).reshape(asked.shape)
+        met: dict[tuple[int, int], Array] = {}
+        for i, alike in enumerate(self.alike):
             slopes, weight = self._slopes(i, theta), self.weights[i] / np.sqrt(1.0 + self.errors(i, theta) ** 2)
-            kinds, kind = np.unique(design, axis=0, return_inverse=True)
-            for k, blocks in enumerate(kinds):
-                rows = kind.ravel() == k
+            for rows, own in alike:
                 part = np.einsum("nkf,nk,nkg->fg", slopes[rows], weight[rows], slopes[rows], optimize=True)
-                here = place[np.flatnonzero(blocks)]
-                _, f = np.nonzero(here >= 0)
-                total[np.ix_(here[here >= 0], here[here >= 0])] += part[np.ix_(f, f)]
+                for pair in product(own, own):
+                    met[pair] = met[pair] + part if pair in met else part
+        end = np.concatenate([[0], np.cumsum(asked.sum(axis=1))])
+        total = np.zeros((end[-1], end[-1]))
+        for (a, b), part in met.items():
+            total[end[a] : end[a + 1], end[b] : end[b + 1]] = part[np.ix_(asked[a], asked[b])]
         return total
 
     def _slopes(self, i: int, theta: Array) -> Array:
@@ -175,7 +181,8 @@ def fit(
     rng = np.random.default_rng(seed)
     starts = [np.zeros(layout.size)]
     starts += [START_SPREAD * rng.standard_normal(layout.size) for _ in range(restarts)]
-    theta, cost = min((problem.solve(start) for start in starts), key=lambda found: found[1])
+    with ThreadPoolExecutor(WORKERS) as side_by_side:
+        theta, cost = min(side_by_side.map(problem.solve, starts), key=lambda found: found[1])
     return Fitted(
         layout=layout,
         theta=theta,
@@ -210,15 +217,23 @@ def _problem(sources: Sequence[Source], layout: Layout, weights: Sequence[Array 
     rows = [np.ones(len(s)) if w is None else np.asarray(w, float) for s, w in zip(sources, weights, strict=True)]
     seen = [(w[:, None] > 0) & np.isfinite(s.measured) for s, w in zip(sources, rows, strict=True)]
     each = [np.where(x, (s.weight * w)[:, None], 0.0) for s, w, x in zip(sources, rows, seen, strict=True)]
+    designs = tuple(layout.design(layout.codes(s.labels)) for s in sources)
     return _Problem(
         sources=tuple(sources),
         layout=layout,
-        designs=tuple(layout.design(layout.codes(s.labels)) for s in sources),
+        designs=designs,
+        alike=tuple(map(_alike, designs)),
         seen=tuple(seen),
         weights=tuple(each),
         centre=layout.centre(),
         spread=layout.spread(),
     )
+
+
+def _alike(design: Array) -> tuple[tuple[Array, tuple[int, ...]], ...]:
+    kinds, kind = np.unique(design, axis=0, return_inverse=True)
+    found = [tuple(np.flatnonzero(blocks).tolist()) for blocks in kinds]
+    return tuple((np.flatnonzero(kind.ravel() == k), blocks) for k, blocks in enumerate(found))
 
 
 def predictions(source: Source, layout: Layout, theta: Array) -> Array:
@@ -256,15 +271,19 @@ def cross_validate(sources: Sequence[Source], layout: Layout, which: int, fold: 
     """
     target = sources[which]
     predicted = np.full(target.measured.shape, np.nan)
-    fits = []
-    for k in np.unique(fold):
-        held = fold == k
+
+    def without(number: int) -> Fitted:
         weights: list[Array | None] = [None] * len(sources)
-        weights[which] = (~held).astype(float)
-        fitted = fit(sources, layout, weights)
+        weights[which] = (fold != number).astype(float)
+        return fit(sources, layout, weights)
+
+    numbers = np.unique(fold)
+    with ThreadPoolExecutor(WORKERS) as side_by_side:
+        fits = tuple(side_by_side.map(without, numbers))
+    for number, fitted in zip(numbers, fits, strict=True):
+        held = fold == number
         predicted[held] = predictions(target, layout, fitted.theta)[held]
-        fits.append(fitted)
-    return HeldOut(predicted, fold, tuple(fits))
+    return HeldOut(predicted, fold, fits)
 
 
 __all__ = ["Fitted", "HeldOut", "cross_validate", "fit", "folds", "predictions", "row_logs"]

@@ -13,6 +13,7 @@ from dse.cli.console import (
     app,
     compile_cache,
     dicts,
+    one_blas_thread,
     read_csv,
     refusals,
     show_table,
@@ -42,6 +43,7 @@ def calibrate(
     intervals: Annotated[bool, typer.Option(help="Also learn from held-out rows how sure the set is.")] = True,
 ) -> None:
     """Fit coefficients to measurements of all kinds jointly, by gradients through the whole model."""
+    one_blas_thread()
     from dse.calibrate.fewshot import USUAL, few_shot
     from dse.calibrate.logs import parse_given
     from dse.calibrate.read import read_files
@@ -94,6 +96,7 @@ def accuracy(
     ] = None,
 ) -> None:
     """Errors on measurements that the fit never saw: series, models, GPUs and experiments left out."""
+    one_blas_thread()
     from dse.calibrate.logs import parse_given
     from dse.calibrate.read import read_files
     from dse.calibrate.roofline import beside_accuracy
