@@ -99,31 +99,29 @@ def _tokens(s: Sharded, batch: Batch) -> _Tokens:
     )
 
 
-def _core_prefill(cost: CoreCost, seg: Segment, cp: Number, s: Sharded) -> Number:
-    keys = visible_keys(cost.core, seg.start, seg.span)
-    tokens = seg.tokens / cp
-    cached = seg.start + 0.5 * (seg.span - seg.tokens)
-    compute = tokens * keys * cost.pair_prefill + cost.rematerialise * cached / cp
-    memory = keys_read(cost.core, seg.start, seg.span, seg.tokens) * cost.key + tokens * cost.token_prefill
-    return smooth_max(seg.requests * compute, seg.requests * memory, s.c.rounding)
-
-
-def _core_decode(cost: CoreCost, seg: Segment, cp: Number, s: Sharded) -> Number:
-    keys = visible_keys(cost.core, seg.start, seg.span)
-    compute = seg.tokens * keys / cp * cost.pair_decode
-    read = keys_read(cost.core, seg.start, seg.span, seg.tokens) / cp
-    memory = read * cost.key + seg.tokens * cost.token_decode
+def _core(cost: CoreCost, seg: Segment, prefill: bool, s: Sharded) -> Number:
+    """Scores and values of alike requests on one rank: CP ranks share out a prompt's queries, and decode's keys."""
+    cp, tokens = s.plan.cp, seg.tokens
+    pairs = tokens * visible_keys(cost.core, seg.start, seg.span) / cp
+    read = keys_read(cost.core, seg.start, seg.span, tokens)
+    if prefill:
+        cached = seg.start + 0.5 * (seg.span - tokens)
+        compute = pairs * cost.pair_prefill + cost.rematerialise * cached / cp
+        memory = read * cost.key + tokens / cp * cost.token_prefill
+    else:
+        compute = pairs * cost.pair_decode
+        memory = read / cp * cost.key + tokens * cost.token_decode
     return smooth_max(seg.requests * compute, seg.requests * memory, s.c.rounding)
 
 
 def _attention(mixer: MixerCost, batch: Batch, tokens: _Tokens, s: Sharded) -> Number:
     """Cores, indexers and recurrences of both parts of the step."""
     total: Number = 0.0
-    for seg, cost_of in ((batch.prefill, _core_prefill), (batch.decode, _core_decode)):
+    for seg in (batch.prefill, batch.decode):
         if seg is None:
             continue
         if mixer.core is not None:
-            total = total + cost_of(mixer.core, seg, s.plan.cp, s)
+            total = total + _core(mixer.core, seg, seg is batch.prefill, s)
             if mixer.indexer is not None:
                 pairs = seg.tokens * (seg.start + 0.5 * seg.span) / s.plan.cp
                 read = context(seg.start, seg.span, seg.tokens) / s.plan.cp

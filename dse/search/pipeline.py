@@ -23,12 +23,12 @@ from dse.cost.evaluate import Scenario
 from dse.cost.pipeline import Batched, Continuous, Load, Part, batched_part, pool_load, running, slowed
 from dse.cost.pipeline_open import Aggregated
 from dse.cost.pipeline_tails import Cumulants, of_some, of_wait, together
-from dse.cost.pool_sides import link
 from dse.cost.types import replace
 from dse.programs import program
 from dse.search.pipeline_open import aggregated_at
 from dse.search.pipeline_stages import Priced
 from dse.search.pipeline_tails import cumulants
+from dse.search.pool_blocks import lines_between
 from dse.space.pipeline import DELAYS, PipelineSpec, StageSpec
 from dse.space.pipeline_calls import answer
 from dse.space.pipeline_compile import CompiledPipeline
@@ -247,14 +247,12 @@ Ways = dict[tuple[int, int], tuple[float, float]]
 
 def lines(p: CompiledPipeline, c: Coefficients) -> Ways:
     """(fixed, a byte) between two machines, by the slowest level that a deployment of the whole budget spans."""
-    found = {}
-    for a, b in itertools.product(range(len(p.machines)), repeat=2):
-        ends = at_rows(p.topologies, a), at_rows(p.topologies, b)
-        apart = float(p.machines[a].cluster.name != p.machines[b].cluster.name)
-        free = float(p.spec.transfers == "free")
-        line = link(ends, (at_rows(c, (a, 0)), at_rows(c, (b, 0))), float(p.spec.gpus), apart, free)
-        found[a, b] = float(line.fixed), float(line.per_byte)
-    return found
+    clusters = [m.cluster.name for m in p.machines]
+    machines = range(len(clusters))
+    pairs = list(itertools.product(machines, machines))
+    free = p.spec.transfers == "free"
+    wanted = [(a, b, p.spec.gpus, clusters[a] != clusters[b], free) for a, b in pairs]
+    return dict(zip(pairs, lines_between((p.topologies,) * 2, (c, c), wanted), strict=True))
 
 
 def transfer(e: Edge, ways: Ways, source: Array, target: Array) -> float:

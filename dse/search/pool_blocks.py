@@ -163,13 +163,19 @@ def _line_kernel(
 
 
 def lines_between(
-    t: tuple[Tables, Tables], wanted: list[tuple[int, int, int, bool, bool]]
+    topologies: tuple[Topology, Topology],
+    coefficients: tuple[Coefficients, Coefficients],
+    wanted: list[tuple[int, int, int, bool, bool]],
 ) -> list[tuple[float, float]]:
-    """(fixed, a byte) of the way between two machines for a deployment's GPUs, each asked for once."""
+    """(fixed, a byte) of the way between two machines for a deployment's GPUs, each asked for once.
+
+    Of both sides, topologies (machines,) and coefficients (machines, models); `wanted`: machines of both sides, GPUs,
+    whether in two clusters, whether transfers are free.
+    """
     distinct = list(dict.fromkeys(wanted))
     a, b, gpus, apart, free = (np.array(x) for x in zip(*distinct, strict=True))
-    ends = (at_rows(t[0].topologies, a), at_rows(t[1].topologies, b))
-    c = (at_rows(t[0].coefficients, (a, 0)), at_rows(t[1].coefficients, (b, 0)))  # what a link costs is no model's
+    ends = (at_rows(topologies[0], a), at_rows(topologies[1], b))
+    c = (at_rows(coefficients[0], (a, 0)), at_rows(coefficients[1], (b, 0)))  # what a link costs is no model's
     found = compiled(_line_kernel)(ends, c, gpus * 1.0, apart * 1.0, free * 1.0)
     known = dict(
         zip(
@@ -179,6 +185,11 @@ def lines_between(
         )
     )
     return [known[key] for key in wanted]
+
+
+def ends(t: tuple[Tables, Tables]) -> tuple[tuple[Topology, Topology], tuple[Coefficients, Coefficients]]:
+    """What `lines_between` needs of two pools' tables."""
+    return (t[0].topologies, t[1].topologies), (t[0].coefficients, t[1].coefficients)
 
 
 def jobs(pools: CompiledPools, table: Table, t: tuple[Tables, Tables]) -> list[tuple[Job, int]]:
@@ -203,7 +214,7 @@ def jobs(pools: CompiledPools, table: Table, t: tuple[Tables, Tables]) -> list[t
     load = Load(isl=float(t[1].isl[0]), osl=float(t[1].osl[0]), concurrency=0.0, chunk=0.0)
     layers = cached_layers(t)
     found = []
-    for (a, b, r, k), (fixed, per_byte) in zip(plan, lines_between(t, wanted), strict=True):
+    for (a, b, r, k), (fixed, per_byte) in zip(plan, lines_between(*ends(t), wanted), strict=True):
         for row in range(a[1], a[2], ROWS):
             for column in range(b[1], b[2], COLUMNS):
                 job = Job(
@@ -219,4 +230,4 @@ def jobs(pools: CompiledPools, table: Table, t: tuple[Tables, Tables]) -> list[t
     return found
 
 
-__all__ = ["Table", "arrange", "cached_layers", "jobs", "lines_between"]
+__all__ = ["Table", "arrange", "cached_layers", "ends", "jobs", "lines_between"]

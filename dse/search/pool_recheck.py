@@ -17,7 +17,7 @@ from dse.cost.types import Load, Number
 from dse.search.kernel import Questions, Tables, rows_of, scenarios, tables
 from dse.search.metrics import signed
 from dse.search.pairs import Job, Paired, meet, questions, value_of
-from dse.search.pool_blocks import Table, arrange, cached_layers, lines_between
+from dse.search.pool_blocks import Table, arrange, cached_layers, ends, lines_between
 from dse.search.pool_workers import DecodeWorkers, PrefillWorkers, compiled, drafting, experts_side, loaded
 from dse.space.pool_space import CompiledPools, describe_pairs, unravel
 from dse.space.pools import split_columns
@@ -149,7 +149,7 @@ def _users(
         (a, b, g, clusters[0][a] != clusters[1][b], name == "free")
         for a, b, g, name in zip(*machine, gpus, names, strict=True)
     ]
-    fixed, per_byte = np.array(lines_between(t, wanted)).T
+    fixed, per_byte = np.array(lines_between(*ends(t), wanted)).T
     n = np.ones(len(workers))
     job = Job(
         first=(n, n),
