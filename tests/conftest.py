@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from dse.search import grid
 from dse.search.grid import Tiling
 
 Columns = dict[str, Any]  # arrays by name
+LARGE = 2 * 2**30  # bytes of a test process
 
 
 def columns(tree: Any, prefix: str = "") -> Columns:
@@ -43,6 +47,24 @@ def in_double(scenarios: list[Scenario]) -> Estimate:
     """Estimates in float64."""
     with jax.enable_x64(True):
         return jax.tree.map(np.asarray, estimate(stack(scenarios)))
+
+
+def resident() -> int:
+    """Bytes of memory that this process has; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_large_processes_go() -> Iterator[None]:
+    """JAX keeps every program ever compiled, 6 GB of them in a whole run: a large process drops them between files."""
+    yield
+    if resident() > LARGE:
+        jax.clear_caches()
+        gc.collect()
+        getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)  # glibc would keep what is freed
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,9 @@ def test_one_trace_serves_every_batch_of_a_structure() -> None:
     assert traces == 2  # a new length is a new program: sweeps pad to one
 
 
-def test_estimate_itself_compiles_once_for_the_shared_batch(random_batch: list, single: dict) -> None:
+def test_estimate_itself_compiles_once_for_the_shared_batch(random_batch: list) -> None:
     """A second call of the same shape takes the program of the first: no compilation is logged."""
+    estimate(stack(random_batch))
     with jax.log_compiles(), _Heard() as heard:
         estimate(stack(random_batch[::-1]))
     assert not heard.compiled, heard.compiled
