@@ -85,7 +85,9 @@ def test_one_llm_stage_is_what_goodput_says(rates: list[float]) -> None:
         for name in ("ttft", "tpot", "ttft_p99", "tpot_p90", "tpot_p99"):
             assert row[f"{name}_ms"] == pytest.approx(float(getattr(alone, name)) * 1e3, rel=2e-3), name
         if rate < 0.8 * rates[2]:  # above, some requests wait for a seat, far longer than the others: P90 is late
-            assert row["ttft_p90_ms"] == pytest.approx(float(alone.ttft_p90) * 1e3, rel=2e-3)
+            # idle, P90 is that of the prompts, which are lognormal: no shifted gamma has their mean, P90 and P99
+            within = 1e-2 if rate == rates[0] else 2e-3
+            assert row["ttft_p90_ms"] == pytest.approx(float(alone.ttft_p90) * 1e3, rel=within)
             assert row["ttft_p50_ms"] == pytest.approx(float(alone.ttft_p50) * 1e3, rel=0.02)
         assert row["ttft_p90_ms"] > float(alone.ttft_p90) * 1e3 * 0.998
         assert row["capacity_requests_s"] == pytest.approx(float(alone.capacity), rel=1e-4)

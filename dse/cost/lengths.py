@@ -17,8 +17,8 @@ Array = np.ndarray
 ROWS = 8  # strata of the prompt
 COLUMNS = 3  # of the output, given the prompt
 NODES = ROWS * COLUMNS
-# Cumulative shares at which prompts are cut.
-CUTS = (0.0, 0.15, 0.40, 0.65, 0.85, 0.95, 0.99, 0.9985, 1.0)
+# Cumulative shares at which prompts are cut: such that P50, P90 and P99 are each near the mean of its stratum.
+CUTS = (0.0, 0.15, 0.40, 0.65, 0.85, 0.95, 0.982, 0.9965, 1.0)
 # Three-point Gauss-Hermite: normal deviates and their weights.
 DEVIATES = (-(3.0**0.5), 0.0, 3.0**0.5)
 SHARES = (1.0 / 6.0, 2.0 / 3.0, 1.0 / 6.0)
