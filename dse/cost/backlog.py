@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dse.cost.iterations import Replica, flights, full_iteration
 from dse.cost.pace import Times, Top
@@ -26,7 +25,9 @@ from dse.cost.queueing import BUSIEST, Moments, Wait, gg1
 from dse.cost.types import Number, replace
 from dse.numerics import safe_divide
 
-POINTS, WEIGHTS = np.polynomial.laguerre.laggauss(24)  # of waits
+POINTS = 24  # waits, alike far apart in their logarithm:
+NEAREST, FARTHEST = 1e-2, 16.0  # from that of the mean wait at the quick speed to that of the one at the slow speed
+BRIEFEST = 1e-6  # of the service: those that wait do so for as long at least (waits of regular arrivals vanish)
 ROUNDS = 3
 LEAST = 0.2  # of the mean service, in the smallest batch
 
@@ -61,7 +62,8 @@ def backlog(
     def at(state: Number) -> Wait:
         def wait(swollen: Number) -> tuple[Wait, Number]:
             quiet = state - (1.0 - state) * swollen / (1.0 - swollen)
-            return _swelling(queue(jnp.maximum(service + quiet * more, LEAST * service)), slow, lasts)
+            quick = queue(jnp.maximum(service + quiet * more, LEAST * service))
+            return _swelling(quick, slow, lasts, BRIEFEST * x.mean(service))
 
         def better(_: Number, swollen: Number) -> Number:
             return jnp.minimum(wait(swollen)[1], 0.7)
@@ -71,15 +73,17 @@ def backlog(
     return _either(jax.vmap(at)(states), chance)
 
 
-def _swelling(quick: Wait, slow: Wait, lasts: Number) -> tuple[Wait, Number]:
+def _swelling(quick: Wait, slow: Wait, lasts: Number, least: Number) -> tuple[Wait, Number]:
     """The wait of a queue that goes from one speed to the other as its backlog passes `lasts` seconds, and the share of
-    that way that it has gone, over all time."""
-    short = safe_divide(quick.mean, quick.delayed, otherwise=1e-12)
-    long = jnp.maximum(safe_divide(slow.mean, slow.delayed, otherwise=1e-12), short)
-    points, weights = jnp.array(POINTS), jnp.array(WEIGHTS)
-    w = long * points
+    that way that it has gone, over all time. `least`: seconds that those that wait do so."""
+    short = jnp.maximum(safe_divide(quick.mean, quick.delayed), least)
+    long = jnp.maximum(safe_divide(slow.mean, slow.delayed), short)
+    # trapezium over ln w: as exact for one speed as for two that are a million apart
+    apart = jnp.log(FARTHEST * long / (NEAREST * short)) / (POINTS - 1)
+    w = NEAREST * short * jnp.exp(apart * jnp.arange(POINTS))
+    below = jnp.zeros(POINTS).at[0].set(1.0 / jnp.expm1(apart))  # all points before the first, where the density is flat
     gone = -jnp.expm1(-w / lasts)
-    density = weights * jnp.exp(-(1.0 / short - 1.0 / long) * lasts * gone)  # beside exp(-w/long), in the weights
+    density = w / short * (1.0 + below) * jnp.exp(-w / long - (1.0 / short - 1.0 / long) * lasts * gone)
     density = density / jnp.sum(density)
     mean, square, share = jnp.sum(density * w), jnp.sum(density * w**2), jnp.sum(density * gone)
     delayed = quick.delayed + (slow.delayed - quick.delayed) * share
