@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.integrate import quad
 
-from dse.cost.backlog import backlog, both
+from dse.cost.backlog import _swelling, backlog, both
 from dse.cost.queueing import Moments, Wait, gg1, percentile
 
 
@@ -27,7 +29,7 @@ def queue(scv: float, weight: list[float]) -> Any:
     return SimpleNamespace(arrival_scv=scv, mean=lambda values: jnp.sum(shares * values))
 
 
-ONE = (jnp.zeros(1), jnp.ones(1))  # the batch is always the mean one
+ONE = (np.zeros(1), np.ones(1))  # the batch is always the mean one
 FOUND = jax.jit(lambda rate, scv, s, more, stay: backlog(queue(scv, [1.0]), rate, s, more, stay, *ONE))
 PERCENTILE = jax.jit(percentile)
 
@@ -39,7 +41,39 @@ def test_of_one_speed_it_is_the_general_queue(scv: float) -> None:
     wait = backlog(x, 5.0, service, nothing, 3.0, jnp.array([-0.5, 0.0, 0.7]), jnp.array([0.2, 0.5, 0.3]))
     plain = gg1(5.0, scv, Moments.of(service, jnp.array(weight)))
     for name in ("mean", "delayed", "scv"):
-        assert float(getattr(wait, name)) == pytest.approx(float(getattr(plain, name)), rel=1e-6)
+        assert float(getattr(wait, name)) == pytest.approx(float(getattr(plain, name)), rel=5e-6)
+
+
+def test_speeds_far_apart_against_quadrature() -> None:
+    """A queue that is a thousand times slower once it has lasted: exp(-int (1-y)/quick + y/slow)."""
+    for lasts in (0.01, 0.5, 3.0, 30.0):
+        quick, slow = (
+            Wait(mean=w, delayed=1.0, scv=1.0, utilisation=0.5, stable=jnp.asarray(True)) for w in (0.1, 100.0)
+        )
+        wait, _ = _swelling(quick, slow, lasts, 1e-9)
+
+        def density(w: float, lasts: float = lasts) -> float:
+            return float(np.exp(-w / 100.0 + (10.0 - 0.01) * lasts * np.expm1(-w / lasts)))
+
+        ends = (0.0, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 5000.0)
+        total, first = (
+            sum(quad(lambda w, p=power: w**p * density(w), *pair)[0] for pair in pairwise(ends)) for power in (0, 1)
+        )
+        assert float(wait.mean) == pytest.approx(first / total, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("scv", [0.005, 0.09, 0.5, 1.0, 25.0])
+def test_rates_that_vanish_have_waits_that_are_numbers(scv: float, kind: Any) -> None:
+    """Of regular arrivals nobody waits at low load, so that the mean wait is 0 in any precision."""
+    waits = []
+    with jax.enable_x64(kind is np.float64):
+        for rate in (1e-12, 1e-6, 1e-3, 0.1, 0.5, 0.9):
+            wait = FOUND(kind(rate), kind(scv), np.ones(1, kind), np.full(1, 0.05, kind), kind(20.0))
+            assert all(np.isfinite(float(getattr(wait, name))) for name in ("mean", "delayed", "scv"))
+            waits.append(float(wait.mean))
+    assert waits == sorted(waits)
+    assert scv > 1.0 or waits[0] < 1e-5
 
 
 def test_of_slow_sizes_half_of_the_time_each() -> None:

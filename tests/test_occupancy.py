@@ -21,9 +21,11 @@ def double() -> Iterator[None]:
         yield
 
 
-def alike(rate: float, seats: int, scv: float = 1.0, peakedness: float = 1.0) -> Occupancy:
+def alike(
+    rate: float, seats: int, arrival_scv: float = 1.0, peakedness: float = 1.0, service_scv: float = 1.0
+) -> Occupancy:
     """Every stay lasts a second."""
-    return SEATED(rate, float(seats), np.array([0.0, float(seats)]), np.ones(2), scv, peakedness)
+    return SEATED(rate, float(seats), np.array([0.0, float(seats)]), np.ones(2), arrival_scv, service_scv, peakedness)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_requests_that_slow_each_other_down(load: float) -> None:
     rate = 100.0 * load
     delayed, wait, mean, variance = chain(rate, seats, own, more)
     stays = np.array([own, own + more * seats])
-    found = SEATED(rate, float(seats), np.array([0.0, float(seats)]), stays, 1.0, 1.0, more * rate)
+    found = SEATED(rate, float(seats), np.array([0.0, float(seats)]), stays, 1.0, 1.0, 1.0, more * rate)
     assert float(found.mean) == pytest.approx(mean, rel=1e-3)
     assert float(found.variance) == pytest.approx(variance, rel=1e-2)
     if load > 0.6:  # rare below
@@ -79,7 +81,7 @@ def test_requests_that_slow_each_other_down(load: float) -> None:
 def test_one_seat_more_shortens_the_wait_and_gradients_agree() -> None:
     def wait(seats: float, rate: float) -> jax.Array:
         return occupancy(
-            rate, seats, jnp.array([0.0, 60.0, 120.0]), jnp.array([0.5, 0.9, 1.2]), 1.2, 2.0, 0.4
+            rate, seats, jnp.array([0.0, 60.0, 120.0]), jnp.array([0.5, 0.9, 1.2]), 1.4, 1.0, 2.0, 0.4
         ).wait.mean
 
     waits = [float(wait(seats, 80.0)) for seats in (110.0, 111.0, 115.0, 120.0)]
@@ -114,6 +116,31 @@ def test_against_simulated_queues(cv: float, rate: float, peakedness: float) -> 
     rng = np.random.default_rng(7)
     servers, n = 20, 120_000
     waits = _waits(servers, rng.gamma(1.0 / cv**2, cv**2 / rate, n), rng.exponential(1.0, n))[3000:]
-    found = alike(rate, servers, 0.5 * (cv**2 + 1.0), peakedness)
+    found = alike(rate, servers, cv**2, peakedness)
     assert float(found.wait.mean) == pytest.approx(waits.mean(), rel=0.15)
     assert float(found.wait.delayed) == pytest.approx((waits > 0).mean(), rel=0.15)
+
+
+@pytest.mark.parametrize(("seats", "cv", "service_cv"), [(1, 1.0, 0.3), (3, 2.0, 0.3), (3, 5.0, 1.0), (8, 5.0, 0.3)])
+def test_few_seats_at_low_load_against_simulated_queues(seats: int, cv: float, service_cv: float) -> None:
+    """Where the number is mostly 0: those that wait follow their own burst, and are few in the end."""
+    rng = np.random.default_rng(3)
+    n, variance = 120_000, np.log1p(service_cv**2)
+    for load in (0.01, 0.1, 0.4):
+        rate = load * seats
+        service = rng.lognormal(-0.5 * variance, np.sqrt(variance), n)
+        waits = _waits(seats, rng.gamma(1.0 / cv**2, cv**2 / rate, n), service)[3000:]
+        peakedness = 1.0 + (cv**2 - 1.0) * float(np.minimum(service[1:], service[:-1]).mean())
+        found = alike(rate, seats, cv**2, peakedness, service_cv**2)
+        assert float(found.wait.delayed) == pytest.approx((waits > 0).mean(), rel=0.25, abs=1e-3)
+        assert 0.7 * waits.mean() - 1e-4 <= float(found.wait.mean) <= 4.0 * waits.mean() + 1e-3  # high in deep bursts
+
+
+def test_nobody_is_there_and_waits_as_the_rate_vanishes() -> None:
+    for seats, peakedness in ((2, 2.0), (20, 13.0)):
+        rates = np.array([1e-9, 1e-6, 1e-3, 0.1, 0.5])
+        found = jax.vmap(lambda rate, k=seats, z=peakedness: alike(rate, k, 4.0, z))(rates)
+        assert np.all(np.diff(found.wait.mean) > 0)
+        assert np.all(found.mean <= 2.0 * rates * (1.0 + 1e-9))
+        assert np.all(found.variance <= 12.0 * peakedness * rates)
+        assert float(found.wait.delayed[0]) < 1e-3

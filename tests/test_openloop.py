@@ -153,6 +153,27 @@ def test_a_lone_request_sees_an_idle_engine() -> None:
     assert float(found.wait[0]) == pytest.approx(0.0, abs=1e-4)
 
 
+@pytest.mark.parametrize("i", [0, 5])
+def test_regular_and_rare_arrivals_are_finite(i: int) -> None:
+    """Ranks in turn see regular gaps even where arrivals are Poisson; at low rates nobody waits for anybody."""
+    found = at_share(i, LENGTHS, [1e-9, 1e-6, 1e-3, 0.05, 0.3, 0.7], cv=0.3)
+    for name in FINITE:
+        assert np.all(np.isfinite(getattr(found, name))), name
+    assert np.all(np.diff(found.ttft) > -1e-9)
+    assert np.all(found.tpot_p90 > 0.9 * found.tpot)
+    np.testing.assert_allclose(found.utilisation, [1e-9, 1e-6, 1e-3, 0.05, 0.3, 0.7], rtol=2e-3)
+
+
+def test_answers_of_one_token() -> None:
+    """Their TPOT is that of whoever is beside them, a number of seconds; the rate is the one asked for, also where
+    iterations get shorter towards the capacity."""
+    for lengths in (dist.plain(80_000.0, 1.0), dist.lognormal(3000.0, 1.0, 1.5, 0.0)):
+        found = at_share(4, lengths, [1e-6, 0.01, 0.1, 0.3, 0.6, 0.9])
+        assert np.all((found.tpot > 1e-3) & (found.tpot < 10.0))
+        np.testing.assert_allclose(found.e2e, found.ttft, rtol=1e-9)
+        np.testing.assert_allclose(found.utilisation, [1e-6, 0.01, 0.1, 0.3, 0.6, 0.9], rtol=2e-2)
+
+
 @pytest.mark.slow
 def test_bursts_hurt() -> None:
     smooth, poisson, bursty = (at_share(1, LENGTHS, [0.6, 0.9], cv=cv) for cv in (0.6, 1.0, 2.5))

@@ -26,7 +26,7 @@ from dse.cost.types import Number, replace
 from dse.numerics import safe_divide
 
 POINTS = 24  # waits, alike far apart in their logarithm:
-NEAREST, FARTHEST = 1e-2, 16.0  # from that of the mean wait at the quick speed to that of the one at the slow speed
+NEAREST, FARTHEST = 1e-3, 24.0  # from that of the mean wait at the quick speed to that of the one at the slow speed
 BRIEFEST = 1e-6  # of the service: those that wait do so for as long at least (waits of regular arrivals vanish)
 ROUNDS = 3
 LEAST = 0.2  # of the mean service, in the smallest batch
@@ -81,7 +81,9 @@ def _swelling(quick: Wait, slow: Wait, lasts: Number, least: Number) -> tuple[Wa
     # trapezium over ln w: as exact for one speed as for two that are a million apart
     apart = jnp.log(FARTHEST * long / (NEAREST * short)) / (POINTS - 1)
     w = NEAREST * short * jnp.exp(apart * jnp.arange(POINTS))
-    below = jnp.zeros(POINTS).at[0].set(1.0 / jnp.expm1(apart))  # all points before the first, where the density is flat
+    below = (
+        jnp.zeros(POINTS).at[0].set(1.0 / jnp.expm1(apart))
+    )  # all points before the first, where the density is flat
     gone = -jnp.expm1(-w / lasts)
     density = w / short * (1.0 + below) * jnp.exp(-w / long - (1.0 / short - 1.0 / long) * lasts * gone)
     density = density / jnp.sum(density)

@@ -11,7 +11,7 @@ from dse.cost.iterations import Replica, decode, replica
 from dse.cost.lengths import Lengths
 from dse.cost.memory import Memory
 from dse.cost.openloop import Point, point
-from dse.cost.pace import Top, rate_at, top
+from dse.cost.pace import SHARES, Top, rate_at, top
 from dse.cost.queueing import Wait, crossing, quantile, survival
 from dse.cost.shard import Sharded
 from dse.cost.types import Load, Number, pytree, replace
@@ -80,11 +80,11 @@ def _first_later(x: Replica, p: Point, t: Number) -> Number:
 
 def _slower(x: Replica, p: Point, t: Number) -> Number:
     """(n,) P(TPOT > t) of each node: beyond the time of a lone request, lognormal of the node's mean and variance."""
-    yields = jnp.maximum(x.answer / x.steps, 1e-9)  # tokens an iteration
+    later = t * x.yields - p.floor
     above = jnp.maximum(p.pace - p.floor, 1e-9)
     sigma = jnp.maximum(safe_sqrt(jnp.log1p(p.spread / above**2)), 1e-3)
-    z = (jnp.log(jnp.maximum(t * yields - p.floor, 1e-12) / above) + 0.5 * sigma**2) / sigma
-    return jnp.where(x.answer > 0, ndtr(-z), 0.0)
+    z = (jnp.log(jnp.maximum(later, 1e-12) / above) + 0.5 * sigma**2) / sigma
+    return jnp.where(x.answer > 0, jnp.where(later > 0.0, ndtr(-z), 1.0), 0.0)
 
 
 def attainment(x: Replica, p: Point, slo: Slo) -> Number:
@@ -104,8 +104,7 @@ def describe(x: Replica, u: Number, most: Top, stable: Number, slo: Slo) -> Open
     wait = p.queue.mean + p.chance @ (0.5 * p.lasts + jnp.sum(x.weight * p.joined.mean, -1))
     ttft = overhead + wait + x.mean(p.base)
     late = overhead + jnp.max(p.base) + jnp.max(p.lasts) + _longest(both(p.queue, p.joined))
-    yields = jnp.maximum(x.mean(x.answer) / x.mean(x.steps), 1e-9)
-    slow = (jnp.max(p.pace) + 30.0 * safe_sqrt(jnp.max(p.spread))) / yields + 1e-9
+    slow = (jnp.maximum(jnp.max(p.pace), p.floor) + 30.0 * safe_sqrt(jnp.max(p.spread))) / x.yields + 1e-9
 
     def first(share: Number) -> Number:
         return quantile(lambda t: x.mean(_first_later(x, p, t)), share, late)
@@ -114,7 +113,7 @@ def describe(x: Replica, u: Number, most: Top, stable: Number, slo: Slo) -> Open
         return quantile(lambda t: x.mean(_slower(x, p, t)), share, slow)
 
     firsts, laters = jax.vmap(first)(jnp.array([0.5, 0.9, 0.99])), jax.vmap(later)(jnp.array([0.9, 0.99]))
-    tpot = x.mean(p.pace) / yields
+    tpot = x.mean(p.pace) / x.yields
     capacity = most.u / most.pace
     return OpenLoop(
         rate=p.rate * x.ranks,
@@ -141,13 +140,22 @@ def open_loop(s: Sharded, load: Load, lengths: Lengths, memory: Memory, arrivals
     most = top(x)
     rate = arrivals.rate / x.ranks
     stable = rate < most.u / most.pace
-    # u = R T(u), and T rises with u: between its least, that of a lone request, and its greatest value
-    least, greatest = decode(x, 1.0) * x.ratio * rate, most.pace * rate
-    low, high = jax.lax.stop_gradient((0.5 * least, greatest))
-    low, high = jnp.minimum(low, most.u), jnp.minimum(high, most.u)
+    low, high = jax.lax.stop_gradient(_around(x, most, rate))
     u = crossing(lambda u: jnp.where(stable, rate, most.u / most.pace) - rate_at(x, u), low, high, HALVINGS, SECANTS)
     u = jnp.where(stable, u, most.u)
     return replace(describe(x, u, most, stable, slo), rate=arrivals.rate * jnp.ones_like(u))
+
+
+def _around(x: Replica, most: Top, rate: Number) -> tuple[Number, Number]:
+    """Arrivals an iteration between which a rank's `rate` is, by the paces that are known."""
+    known = most.numbers(1.0)
+    reached = known / most.paces >= rate
+    first = jnp.where(jnp.any(reached), jnp.argmax(reached), len(SHARES) - 1)
+    # below the first: no iteration is shorter than one that hardly decodes
+    slowest = 2.0 * jnp.maximum(most.paces[0], decode(x, 1.0) * x.ratio)
+    low = jnp.where(first > 0, known[first - 1], 0.9 * rate * decode(x, 1e-6) * x.ratio)
+    high = jnp.where(first > 0, known[first], jnp.minimum(known[0], rate * slowest))
+    return jnp.minimum(low, most.u), jnp.minimum(high, most.u)
 
 
 def goodput(s: Sharded, load: Load, lengths: Lengths, memory: Memory, cv: Number, slo: Slo) -> OpenLoop:

@@ -21,6 +21,7 @@ from dse.cost.types import Load, Number, Plan, pytree, replace
 from dse.numerics import ceil_ratio, safe_divide, safe_sqrt
 
 KNOTS = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)  # of the token budget, where mixed steps are priced
+LEAST_ANSWER = 1e-3  # tokens after the first, of a request that has none: its decode is never waited for
 
 
 @pytree
@@ -51,6 +52,11 @@ class Replica:
     def mean(self, values: Number) -> Number:
         return jnp.sum(self.weight * values)
 
+    @property
+    def yields(self) -> Number:
+        """Output tokens of a request in an iteration: more than one where drafts are accepted."""
+        return jnp.sum(jnp.maximum(self.answer, LEAST_ANSWER)) / jnp.sum(self.steps)
+
 
 def resident(load: Load, lengths: Lengths) -> Load:
     """The load at the mean lengths of requests found in the engine: what memory must hold. (Long answers stay long.)"""
@@ -72,7 +78,7 @@ def replica(s: Sharded, load: Load, lengths: Lengths, memory: Memory, cv: Number
     prompt = jnp.maximum(lengths.isl - lengths.cached, 1.0)
     first = lengths.isl - prompt
     answer = jnp.maximum(lengths.osl - 1.0, 0.0)
-    steps = jnp.maximum(answer, 1e-3) / accepted
+    steps = jnp.maximum(answer, LEAST_ANSWER) / accepted
     found = lengths.weight * steps / jnp.sum(lengths.weight * steps)  # in decode
     token = lengths.weight * prompt / jnp.sum(lengths.weight * prompt)  # being prefilled
     seats = jnp.maximum(load.concurrency / s.plan.attention_dp, 1.0)

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from dse.cost.queueing import BUSIEST, Wait
+from dse.cost.queueing import BUSIEST, Wait, companions
 from dse.cost.types import Number, pytree
 
 CELLS = 48  # numbers at which the density is taken
+SWING = 2.0  # mean over balance of requests that slow each other down, at most
 
 
 @pytree
@@ -35,7 +36,8 @@ def occupancy(
     seats: Number,
     there: Number,
     stay: Number,
-    scv: Number,
+    arrival_scv: Number,
+    service_scv: Number,
     peakedness: Number = 1.0,
     elastic: Number = 0.0,
 ) -> Occupancy:
@@ -44,12 +46,14 @@ def occupancy(
 
     `peakedness` z: variance over mean of the number that would be there if stays were alike and seats without end (1
     for Poisson arrivals); `elastic`: relative change of the stay with that number, which only places the cells. Those
-    that wait do so for E[S]/(K(1-r)) (ca^2+cs^2)/2 in the mean, `scv` that half sum, exponentially.
+    that wait do so for E[S]/(K(1-r)) (ca^2+cs^2)/2 in the mean, exponentially.
     """
+    scv = 0.5 * (arrival_scv + service_scv)
     full = rate * jnp.interp(seats, there, stay) / seats
     r, stable = jnp.clip(full, 0.0, BUSIEST), full < 1.0
     # Cells: even in s, where the root of the number is its mean and sinh(s) standard deviations (Anscombe).
-    middle = jnp.clip(_balance(rate, there, stay), 1e-3, seats)
+    usual = _balance(rate, there, stay)
+    middle = jnp.clip(usual, 1e-3, seats)
     wide = 0.5 * jnp.sqrt(peakedness / (1.0 - elastic))
     top = jnp.sqrt(seats)
     ends = jnp.arcsinh(jnp.stack([-jnp.sqrt(middle), top - jnp.sqrt(middle)]) / wide)
@@ -69,19 +73,25 @@ def occupancy(
     delayed = above / total
     above = above - 0.5 * chance[-1]
     mean = (jnp.sum(inside * n) + above * seats) / total
-    variance = (jnp.sum(inside * n**2) + above * seats**2) / total - mean**2
-    # By Little's law the number that waits, r scv/(1-r) and half the companions of an arrival: bursts find seats taken
+    square = (jnp.sum(inside * n**2) + above * seats**2) / total
+    # The density has none of the times at which nobody is there, which are most where the balance is below one request.
+    there_is = jnp.minimum(SWING * usual / mean, 1.0)
+    mean, square = there_is * mean, there_is * square
+    # By Little's law the number that waits, r scv/(1-r), and half the companions of an arrival: bursts find seats taken
     # more often than they are.
     each = scv * jnp.interp(seats, there, stay) / (seats * (1.0 - r))
-    seen = delayed * jnp.maximum(1.0 + 0.5 * (scv - 1.0) * (1.0 - r) / (r * scv), 0.0)
+    seen = delayed * jnp.maximum(1.0 + 0.25 * (arrival_scv - 1.0) * (1.0 - r) / jnp.maximum(r * scv, 1e-12), 0.0)
+    # Who finds K seats taken has had K others before it within a stay: what is left where the number is mostly 0.
+    _, some = companions(arrival_scv, usual)
+    seen = jnp.minimum(seen, jnp.minimum(some**seats / (1.0 - r), 1.0))
     wait = Wait(
-        mean=jnp.minimum(seen, 1.0) * each,
-        delayed=jnp.minimum(seen, 1.0),
+        mean=seen * each,
+        delayed=seen,
         scv=jnp.ones_like(each),
         utilisation=full,
         stable=stable,
     )
-    return Occupancy(mean=mean, variance=jnp.maximum(variance, 0.0), wait=wait)
+    return Occupancy(mean=mean, variance=jnp.maximum(square - mean**2, 0.0), wait=wait)
 
 
 def _balance(rate: Number, there: Number, stay: Number) -> Number:

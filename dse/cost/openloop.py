@@ -63,9 +63,9 @@ def seats_of(x: Replica, rate: Number, t: Times, most: Top) -> Occupancy:
     """Requests that hold a seat, and the wait for one."""
     steps = x.mean(x.steps)
     each = steps + x.mean(pieces_of(x, t.flow.budget))
-    varied = 0.5 * (x.arrival_scv + x.mean(x.steps**2) / steps**2 - 1.0)
+    varied = x.mean(x.steps**2) / steps**2 - 1.0
     peaked = 1.0 + (x.arrival_scv - 1.0) * x.overlap + x.sized
-    return occupancy(rate, x.seats, most.numbers(each), each * most.paces, varied, peaked, t.elastic)
+    return occupancy(rate, x.seats, most.numbers(each), each * most.paces, x.arrival_scv, varied, peaked, t.elastic)
 
 
 @pytree
