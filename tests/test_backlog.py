@@ -29,7 +29,7 @@ def queue(scv: float, weight: list[float]) -> Any:
     return SimpleNamespace(arrival_scv=scv, mean=lambda values: jnp.sum(shares * values))
 
 
-ONE = (np.zeros(1), np.ones(1))  # the batch is always the mean one
+ONE = (jnp.zeros(1), jnp.ones(1))  # the batch is always the mean one
 FOUND = jax.jit(lambda rate, scv, s, more, stay: backlog(queue(scv, [1.0]), rate, s, more, stay, *ONE))
 PERCENTILE = jax.jit(percentile)
 
@@ -68,8 +68,10 @@ def test_rates_that_vanish_have_waits_that_are_numbers(scv: float, kind: Any) ->
     """Of regular arrivals nobody waits at low load, so that the mean wait is 0 in any precision."""
     waits = []
     with jax.enable_x64(kind is np.float64):
+        batch = jnp.zeros(1, kind), jnp.ones(1, kind)
         for rate in (1e-12, 1e-6, 1e-3, 0.1, 0.5, 0.9):
-            wait = FOUND(kind(rate), kind(scv), np.ones(1, kind), np.full(1, 0.05, kind), kind(20.0))
+            given = kind(rate), jnp.ones(1, kind), jnp.full(1, 0.05, kind), kind(20.0)
+            wait = backlog(queue(kind(scv), [1.0]), *given, *batch)
             assert all(np.isfinite(float(getattr(wait, name))) for name in ("mean", "delayed", "scv"))
             waits.append(float(wait.mean))
     assert waits == sorted(waits)

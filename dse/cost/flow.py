@@ -56,7 +56,7 @@ def flow_of(x: Replica, u: Number) -> Flow:
     sized = x.mean(x.prompt * jnp.minimum(x.prompt, budget)) / x.mean(x.prompt)
     sized = sized + (clustered - 1.0) * jnp.minimum(x.mean(x.prompt), budget)
     busy = jnp.minimum(tokens / mix, 1.0 - 1e-6)
-    anywhere = 1.0 - (1.0 - busy) ** x.ranks
+    anywhere = -jnp.expm1(x.ranks * jnp.log1p(-busy))  # also where single precision has no 1 - busy
     return Flow(
         running=n,
         varied=varied,

@@ -17,7 +17,7 @@ from dse.cost.shard import Sharded
 from dse.cost.types import Load, Number, pytree, replace
 from dse.numerics import safe_divide, safe_sqrt
 
-HALVINGS, SECANTS = 9, 6  # of the rate: 2e-3 of the capacity, then false positions in that bracket
+HALVINGS, SECANTS = 7, 6  # of the rate: 1% of the capacity, then false positions in that bracket
 RESTS = (1.0 / 6.0, 0.5, 5.0 / 6.0)  # of a running iteration, alike likely, are left when a request comes
 
 
