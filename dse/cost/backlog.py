@@ -32,15 +32,15 @@ ROUNDS = 3
 LEAST = 0.2  # of the mean service, in the smallest batch
 
 
-def at_capacity(x: Replica, t: Times, service: Number, most: Top) -> Number:
-    """(n,) seconds that a prompt takes more than `service` (n,) in a backlog without end."""
+def at_capacity(x: Replica, t: Times, most: Top) -> Number:
+    """(n,) seconds that a prompt takes in a backlog without end."""
     f = t.flow
     n = most.capacity * x.mean(x.steps)
     budget = jnp.maximum(flights(x.sharded.plan) * x.chunk - n * (1.0 + x.draft), 1.0)
     full = full_iteration(x, n, budget, f.others) + budget * x.extra
     prompt, steps = x.mean(x.prompt), x.mean(x.steps)
     own = x.prompt * full / budget + (x.steps / steps - x.prompt / prompt) * n * t.growth * prompt / budget
-    return jnp.maximum(own - service, 0.0)
+    return jnp.maximum(own, 0.0)
 
 
 def backlog(

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from dse.cost.backlog import at_capacity, backlog, both
 from dse.cost.flow import Slowest, lockstep, slowest_of
-from dse.cost.iterations import Replica, pieces_of
+from dse.cost.iterations import Replica, flights, pieces_of
 from dse.cost.occupancy import Occupancy, occupancy
 from dse.cost.pace import Times, Top, times
 from dse.cost.queueing import Wait, any_come, companions
@@ -39,6 +39,7 @@ from dse.cost.types import Number, pytree, replace
 from dse.numerics import safe_divide, safe_sqrt
 
 DEVIATES, SHARES = (-(3.0**0.5), 0.0, 3.0**0.5), (1 / 6, 2 / 3, 1 / 6)  # Gauss and Hermite's, of a normal number
+IDLE = 0.5  # see `queue_of`
 
 
 @pytree
@@ -62,7 +63,7 @@ class Point:
 def seats_of(x: Replica, rate: Number, t: Times, most: Top) -> Occupancy:
     """Requests that hold a seat, and the wait for one."""
     steps = x.mean(x.steps)
-    each = steps + x.mean(pieces_of(x, t.flow.budget))
+    each = steps + x.mean(pieces_of(x, flights(x.sharded.plan) * x.chunk))  # as the capacity counts them
     varied = x.mean(x.steps**2) / steps**2 - 1.0
     peaked = 1.0 + (x.arrival_scv - 1.0) * x.overlap + x.sized
     return occupancy(rate, x.seats, most.numbers(each), each * most.paces, x.arrival_scv, varied, peaked, t.elastic)
@@ -163,7 +164,10 @@ def queue_of(x: Replica, t: Times, rate: Number, service: Number, most: Top, sea
     """Wait for the prompts of earlier iterations: what the queue holds, less what came in the running one, which
     lasts `found` seconds in the mean."""
     f, prompt, steps = t.flow, x.mean(x.prompt), x.mean(x.steps)
-    more = at_capacity(x, t, service, most)
+    # prefill is idle for half of what the capacity leaves at least: the queue has no end only where that has none
+    longest = (1.0 - IDLE * jnp.maximum(1.0 - rate * most.pace / most.capacity, 0.0)) / rate
+    service, slow = (s * jnp.minimum(longest / x.mean(s), 1.0) for s in (service, at_capacity(x, t, most)))
+    more = service * jnp.maximum(x.mean(slow) / x.mean(service) - 1.0, 0.0)
     # sizes of the batch: lognormal about its mean, as wide as it is in the long run
     sizes = jnp.exp(safe_sqrt(jnp.log1p(seats.variance / seats.mean**2)) * jnp.array(DEVIATES))
     sizes = f.running * sizes / jnp.sum(sizes * jnp.array(SHARES))
