@@ -119,6 +119,21 @@ def test_everything_worsens_with_the_rate_and_stays_finite(i: int) -> None:
     np.testing.assert_allclose(found.utilisation[inside], SHARES[inside], rtol=2e-3)
 
 
+def test_near_capacity_waits_grow_as_what_is_left_of_it_shrinks() -> None:
+    """No queue is full before the capacity is: prompts of unlike lengths, whose service by node exceeded it at 95%."""
+    row = {"model": "Qwen3-8B", "gpu": "a100", "tp": 1, "chunk": 512, "concurrency": 256, "isl": 1000, "osl": 200}
+    (case,) = (x for x in parse_cases(pd.DataFrame([row]).astype(str)) if isinstance(x, Case))
+    shares = np.array([0.9, 0.95, 0.97, 0.98, 0.99, 0.995])
+    with jax.enable_x64(True):
+        x = jax.tree.map(lambda leaf: np.asarray(leaf)[0], scenarios_of([case], coefficient_set()))
+        nodes = dist.padded(LENGTHS, dist.NODES)
+        found = AT_SHARE(x, nodes, np.resize(shares, WIDTH), 1.0, _floats(SLO))
+    ttft = np.asarray(found.ttft)[: len(shares)]
+    assert np.all(np.diff(ttft) > 0)
+    left = ttft * (1.0 - shares)
+    assert left.max() < 2.0 * left.min()
+
+
 def test_little_holds() -> None:
     """Requests in decode are the rate times the time they spend there (the mean over answers weighs each by length)."""
     fixed = dist.plain(1000.0, 400.0)
