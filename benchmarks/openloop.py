@@ -184,7 +184,7 @@ def closed_form(x: Scenario, lengths: Lengths, share: Any, cv: Any) -> OpenLoop:
     held = memory(x.architecture, x.device, x.plan, load, x.coefficients)
     r = replica(s, load, lengths, held, cv)
     most = top(r)
-    capacity = most.u / most.pace * r.ranks
+    capacity = most.rate * r.ranks
     return open_loop(s, load, lengths, held, Arrivals(rate=share * capacity, cv=cv), SLO)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from dse.cost.backlog import _swelling, backlog, both
-from dse.cost.queueing import Moments, Wait, gg1, percentile
+from dse.cost.backlog import _swelling, backlog
+from dse.cost.queueing import Moments, Wait, both, gg1, percentile
 
 
 @pytest.fixture(autouse=True)

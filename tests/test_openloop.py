@@ -64,7 +64,7 @@ def _at_share(x: Scenario, lengths: Lengths, share: Any, cv: Any, slo: Slo) -> O
     s, load, held = _parts(x, lengths)
     r = replica(s, load, lengths, held, cv)
     most = top(r)
-    capacity = most.u / most.pace * r.ranks
+    capacity = most.rate * r.ranks
     return open_loop(s, load, lengths, held, Arrivals(rate=share * capacity, cv=cv), slo)
 
 

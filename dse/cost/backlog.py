@@ -19,9 +19,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dse.cost.iterations import Replica, flights, full_iteration
+from dse.cost.iterations import Replica, full_iteration
 from dse.cost.pace import Times, Top
-from dse.cost.queueing import BUSIEST, Moments, Wait, gg1
+from dse.cost.queueing import BUSIEST, Moments, Wait, either, gg1
 from dse.cost.types import Number, replace
 from dse.numerics import safe_divide
 
@@ -36,7 +36,7 @@ def at_capacity(x: Replica, t: Times, most: Top) -> Number:
     """(n,) seconds that a prompt takes in a backlog without end."""
     f = t.flow
     n = most.capacity * x.mean(x.steps)
-    budget = jnp.maximum(flights(x.sharded.plan) * x.chunk - n * (1.0 + x.draft), 1.0)
+    budget = x.budget(n)
     full = full_iteration(x, n, budget, f.others) + budget * x.extra
     prompt, steps = x.mean(x.prompt), x.mean(x.steps)
     own = x.prompt * full / budget + (x.steps / steps - x.prompt / prompt) * n * t.growth * prompt / budget
@@ -70,7 +70,7 @@ def backlog(
 
         return wait(jax.lax.fori_loop(0, ROUNDS - 1, better, jnp.zeros_like(rate)))[0]
 
-    return _either(jax.vmap(at)(states), chance)
+    return either(jax.vmap(at)(states), chance)
 
 
 def _swelling(quick: Wait, slow: Wait, lasts: Number, least: Number) -> tuple[Wait, Number]:
@@ -81,9 +81,7 @@ def _swelling(quick: Wait, slow: Wait, lasts: Number, least: Number) -> tuple[Wa
     # trapezium over ln w: as exact for one speed as for two that are a million apart
     apart = jnp.log(FARTHEST * long / (NEAREST * short)) / (POINTS - 1)
     w = NEAREST * short * jnp.exp(apart * jnp.arange(POINTS))
-    below = (
-        jnp.zeros(POINTS).at[0].set(1.0 / jnp.expm1(apart))
-    )  # all points before the first, where the density is flat
+    below = jnp.zeros(POINTS).at[0].set(1.0 / jnp.expm1(apart))  # all points before the first: the density is flat
     gone = -jnp.expm1(-w / lasts)
     density = w / short * (1.0 + below) * jnp.exp(-w / long - (1.0 / short - 1.0 / long) * lasts * gone)
     density = density / jnp.sum(density)
@@ -94,32 +92,4 @@ def _swelling(quick: Wait, slow: Wait, lasts: Number, least: Number) -> tuple[Wa
     return wait, share * delayed
 
 
-def _square(w: Wait) -> Number:
-    return safe_divide((1.0 + w.scv) * w.mean**2, w.delayed)
-
-
-def _of_squares(mean: Number, square: Number, delayed: Number, utilisation: Number, stable: Number) -> Wait:
-    scv = safe_divide(square * delayed, mean**2, otherwise=2.0) - 1.0
-    return Wait(mean=mean, delayed=delayed, scv=scv, utilisation=utilisation, stable=stable)
-
-
-def _either(w: Wait, chance: Number) -> Wait:
-    """One of several waits (s,), each with its `chance`."""
-    mean, square, delayed, utilisation = (
-        jnp.sum(chance * values) for values in (w.mean, _square(w), w.delayed, w.utilisation)
-    )
-    return _of_squares(mean, square, delayed, utilisation, jnp.all(w.stable))
-
-
-def both(a: Wait, b: Wait) -> Wait:
-    """The sum of two independent waits."""
-    return _of_squares(
-        a.mean + b.mean,
-        _square(a) + _square(b) + 2.0 * a.mean * b.mean,
-        1.0 - (1.0 - a.delayed) * (1.0 - b.delayed),
-        jnp.maximum(a.utilisation, b.utilisation),
-        a.stable & b.stable,
-    )
-
-
-__all__ = ["at_capacity", "backlog", "both"]
+__all__ = ["at_capacity", "backlog"]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
 
-from dse.cost.iterations import Curve, Replica, flights, pieces_of
+from dse.cost.iterations import Curve, Replica, pieces_of
 from dse.cost.queueing import any_come, companions, dispersion
 from dse.cost.types import Number, pytree, replace
 from dse.numerics import safe_sqrt
@@ -47,7 +47,7 @@ def flow_of(x: Replica, u: Number) -> Flow:
     n = u * x.mean(x.steps)
     near, _ = companions(x.arrival_scv, n)
     varied = jnp.maximum(1.0 + 2.0 * (near - n), 0.0)
-    budget = jnp.maximum(flights(x.sharded.plan) * x.chunk - n * (1.0 + x.draft), 1.0)
+    budget = x.budget(n)
     tokens = u * x.mean(x.prompt)
     pieces = pieces_of(x, budget)
     each = x.mean(x.prompt) / x.mean(pieces)
@@ -150,7 +150,7 @@ def together(x: Replica, u: Number, f: Flow, curve: Curve, short: Number) -> tup
         crowd, _, shift = long_ones(share)
 
         def price(tokens: Number) -> Number:
-            return curve(tokens) + tokens * x.extra + shift
+            return curve.of(x, tokens) + shift
 
         seconds = price(crowd.tokens)
         pace = short + share * jnp.maximum(crowd.moments(price)[0] - short, 0.0)

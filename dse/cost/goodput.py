@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
 
-from dse.cost.backlog import both
 from dse.cost.iterations import Replica, decode, replica
 from dse.cost.lengths import Lengths
 from dse.cost.memory import Memory
 from dse.cost.openloop import Point, point
 from dse.cost.pace import SHARES, Top, rate_at, top
-from dse.cost.queueing import Wait, crossing, quantile, survival
+from dse.cost.queueing import Wait, both, crossing, quantile, survival
 from dse.cost.shard import Sharded
 from dse.cost.types import Load, Number, pytree, replace
 from dse.numerics import safe_divide, safe_sqrt
@@ -114,7 +113,7 @@ def describe(x: Replica, u: Number, most: Top, stable: Number, slo: Slo) -> Open
 
     firsts, laters = jax.vmap(first)(jnp.array([0.5, 0.9, 0.99])), jax.vmap(later)(jnp.array([0.9, 0.99]))
     tpot = x.mean(p.pace) / x.yields
-    capacity = most.u / most.pace
+    capacity = most.rate
     return OpenLoop(
         rate=p.rate * x.ranks,
         capacity=capacity * x.ranks,
@@ -139,9 +138,9 @@ def open_loop(s: Sharded, load: Load, lengths: Lengths, memory: Memory, arrivals
     x = replica(s, load, lengths, memory, arrivals.cv)
     most = top(x)
     rate = arrivals.rate / x.ranks
-    stable = rate < most.u / most.pace
+    stable = rate < most.rate
     low, high = jax.lax.stop_gradient(_around(x, most, rate))
-    u = crossing(lambda u: jnp.where(stable, rate, most.u / most.pace) - rate_at(x, u), low, high, HALVINGS, SECANTS)
+    u = crossing(lambda u: jnp.where(stable, rate, most.rate) - rate_at(x, u), low, high, HALVINGS, SECANTS)
     u = jnp.where(stable, u, most.u)
     return replace(describe(x, u, most, stable, slo), rate=arrivals.rate * jnp.ones_like(u))
 

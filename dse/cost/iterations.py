@@ -31,6 +31,7 @@ class Replica:
     sharded: Sharded
     chunk: Number
     draft: Number
+    yields: Number  # output tokens of a request in an iteration: more than one where drafts are accepted
     weight: Number  # (n,)
     prompt: Number  # (n,) tokens to prefill, ascending
     steps: Number  # (n,) decode iterations
@@ -53,9 +54,28 @@ class Replica:
         return jnp.sum(self.weight * values)
 
     @property
-    def yields(self) -> Number:
-        """Output tokens of a request in an iteration: more than one where drafts are accepted."""
-        return jnp.sum(jnp.maximum(self.answer, LEAST_ANSWER)) / jnp.sum(self.steps)
+    def width(self) -> Number:
+        """Tokens that an iteration has room for, decode's included."""
+        return flights(self.sharded.plan) * self.chunk
+
+    def budget(self, n: Number) -> Number:
+        """Prompt tokens that an iteration has room for beside n requests in decode."""
+        return jnp.maximum(self.width - n * (1.0 + self.draft), 1.0)
+
+    @property
+    def mean_extra(self) -> Number:
+        """Seconds that the mean prompt token takes more than one of the typical prompt."""
+        return self.mean(self.prompt * self.extra) / self.mean(self.prompt)
+
+    @property
+    def various(self) -> Number:
+        """Second moment of the prompts over the square of their mean."""
+        return self.mean(self.prompt**2) / self.mean(self.prompt) ** 2
+
+    @property
+    def stay(self) -> Number:
+        """Iterations that a request holds its seat for, mean: those of its answer, and of its prompt at least."""
+        return self.mean(self.steps) + self.mean(pieces_of(self, self.width))
 
 
 def resident(load: Load, lengths: Lengths) -> Load:
@@ -102,6 +122,7 @@ def replica(s: Sharded, load: Load, lengths: Lengths, memory: Memory, cv: Number
         sharded=s,
         chunk=load.chunk,
         draft=draft,
+        yields=accepted,
         weight=lengths.weight,
         prompt=prompt,
         steps=steps,
@@ -120,7 +141,7 @@ def replica(s: Sharded, load: Load, lengths: Lengths, memory: Memory, cv: Number
         uneven=jnp.where(ranks > 1, highest * safe_sqrt((1.0 - 1.0 / ranks) * (1.0 - overlap + context)), 0.0),
         arrival_scv=cv**2 / s.plan.attention_dp,
     )
-    full = flights(s.plan) * load.chunk
+    full = x.width
     prompts = jnp.append(prompt, x.typical), jnp.append(first, x.first)
     one = jnp.ones_like(full)
     own = jax.vmap(lambda prompt, first: _mixed(x, one, full, 0.0, prompt, first, False, False))(*prompts)
@@ -198,6 +219,10 @@ class Curve:
     def __call__(self, tokens: Number) -> Number:
         inside = jnp.clip(tokens[..., None] - self.knots[:-1], 0.0, jnp.diff(self.knots))
         return self.seconds[0] + jnp.sum(inside * jnp.diff(self.seconds) / jnp.diff(self.knots), -1)
+
+    def of(self, x: Replica, tokens: Number) -> Number:
+        """(n,) of tokens (n,) of each node's own prompts."""
+        return self(tokens) + tokens * x.extra
 
 
 def full_iteration(x: Replica, n: Number, budget: Number, others: Number) -> Number:

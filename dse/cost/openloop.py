@@ -31,16 +31,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dse.cost.backlog import at_capacity, backlog, both
+from dse.cost.backlog import at_capacity, backlog
 from dse.cost.flow import Slowest, lockstep, slowest_of
-from dse.cost.iterations import Replica, flights, pieces_of
+from dse.cost.iterations import Replica, pieces_of
+from dse.cost.lengths import DEVIATES, SHARES
 from dse.cost.occupancy import Occupancy, occupancy
-from dse.cost.pace import Times, Top, times
-from dse.cost.queueing import Wait, any_come, companions
+from dse.cost.pace import FULLEST, Times, Top, times
+from dse.cost.queueing import Wait, any_come, both, companions
 from dse.cost.types import Number, pytree, replace
 from dse.numerics import safe_divide, safe_sqrt
 
-DEVIATES, SHARES = (-(3.0**0.5), 0.0, 3.0**0.5), (1 / 6, 2 / 3, 1 / 6)  # Gauss and Hermite's, of a normal number
 IDLE = 0.5  # see `queue_of`
 
 
@@ -50,8 +50,6 @@ class Point:
 
     rate: Number  # to the rank
     running: Number  # in decode, a rank
-    load: Number  # of the prefill queue
-    seated: Number  # utilisation of the seats
     pace: Number  # (n,) seconds of an iteration, mean over an answer, as its request sees them
     spread: Number  # (n,) variance of that mean
     floor: Number  # seconds of an iteration with one request
@@ -64,11 +62,10 @@ class Point:
 
 def seats_of(x: Replica, rate: Number, t: Times, most: Top) -> Occupancy:
     """Requests that hold a seat, and the wait for one."""
-    steps = x.mean(x.steps)
-    each = steps + x.mean(pieces_of(x, flights(x.sharded.plan) * x.chunk))  # as the capacity counts them
-    varied = x.mean(x.steps**2) / steps**2 - 1.0
+    varied = x.mean(x.steps**2) / x.mean(x.steps) ** 2 - 1.0
     peaked = 1.0 + (x.arrival_scv - 1.0) * x.overlap + x.sized
-    return occupancy(rate, x.seats, most.numbers(each), each * most.paces, x.arrival_scv, varied, peaked, t.elastic)
+    there, stays = most.numbers(x.stay), x.stay * most.paces
+    return occupancy(rate, x.seats, there, stays, x.arrival_scv, varied, peaked, t.elastic)
 
 
 @pytree
@@ -88,24 +85,20 @@ def others_of(x: Replica, t: Times, u: Number) -> Others | None:
         return None
     f, (lasts, often) = t.flow, t.kinds()
     pieces = x.mean(pieces_of(x, f.budget))
-    often = often * lasts / t.pace
     # on other ranks come as many as here in the iteration that it finds; and there are pieces of longer prompts
     come = t.rate(u) * jnp.sum(often * lasts) + u * (pieces - 1.0) * jnp.sum(often[1:]) / f.anywhere
     elsewhere = (x.ranks - 1.0) * come
     slowest = slowest_of(x, f.budget, elsewhere, x.ranks - 1.0)
-
-    def seconds(tokens: Number) -> Number:
-        return t.curve(tokens) + tokens * x.extra
-
     # a long iteration is followed by a long one: more have come meanwhile
     going_on = u * (pieces - 1.0) / f.anywhere * jnp.array([0.0, 1.0, 1.0])
     after = (x.ranks - 1.0) * (t.rate(u) * lasts + going_on)
     found = jax.vmap(lambda count: slowest_of(x, f.budget, count, x.ranks - 1.0))(after)
+    fewer = jnp.maximum(found.tokens - found.wide, 0.0)
     return Others(
         slowest=slowest,
-        seconds=seconds(slowest.tokens),
+        seconds=t.curve.of(x, slowest.tokens),
         crowded=t.curve.other * jnp.maximum(elsewhere * x.mean(x.prompt) / pieces - f.others, 0.0),
-        found=jnp.stack([seconds(jnp.maximum(found.tokens + sign * found.wide, 0.0)) for sign in (-1.0, 1.0)], 1),
+        found=jnp.stack([t.curve.of(x, tokens) for tokens in (fewer, found.tokens + found.wide)], 1),
         chance=0.5 * found.chance[:, None],
     )
 
@@ -138,7 +131,7 @@ def own_iterations(x: Replica, t: Times, others: Others | None) -> Own:
     pieces = pieces_of(x, f.budget)
     left = x.prompt - (pieces - 1.0) * f.budget
     full = curve.full + f.budget * x.extra
-    last = curve(left) + left * x.extra + (1.0 - f.busy) * x.lone
+    last = curve.of(x, left) + (1.0 - f.busy) * x.lone
     last = last - t.follow * (curve(f.budget) - curve.full)  # with prompts behind it the pipeline stays filled
     return Own(
         pieces=pieces,
@@ -165,20 +158,20 @@ def service_of(x: Replica, t: Times, u: Number, own: Own, others: Others | None)
 def queue_of(x: Replica, t: Times, rate: Number, service: Number, most: Top, seats: Occupancy, found: Number) -> Wait:
     """Wait for the prompts of earlier iterations: what the queue holds, less what came in the running one, which
     lasts `found` seconds in the mean."""
-    f, prompt, steps = t.flow, x.mean(x.prompt), x.mean(x.steps)
+    f, prompt = t.flow, x.mean(x.prompt)
     # prefill is idle for half of what the capacity leaves at least: the queue has no end only where that has none
-    longest = (1.0 - IDLE * jnp.maximum(1.0 - rate * most.pace / most.capacity, 0.0)) / rate
+    longest = (1.0 - IDLE * jnp.maximum(1.0 - FULLEST * rate / most.rate, 0.0)) / rate
     service, slow = (s * jnp.minimum(longest / x.mean(s), 1.0) for s in (service, at_capacity(x, t, most)))
     more = service * jnp.maximum(x.mean(slow) / x.mean(service) - 1.0, 0.0)
     # sizes of the batch: lognormal about its mean, as wide as it is in the long run
     sizes = jnp.exp(safe_sqrt(jnp.log1p(seats.variance / seats.mean**2)) * jnp.array(DEVIATES))
     sizes = f.running * sizes / jnp.sum(sizes * jnp.array(SHARES))
-    full = most.u * steps
+    full = most.u * x.mean(x.steps)
     states = jnp.clip((sizes - f.running) / jnp.maximum(full - f.running, 1e-3 * full), -2.0, 1.0)
     stay = x.mean(x.steps + pieces_of(x, f.budget)) * t.pace
     wait = backlog(x, rate, service, more, stay, states, jnp.array(SHARES))
     load = jnp.minimum(rate * x.mean(service), 1.0)
-    uneven = x.mean(x.prompt**2) / prompt**2 + x.arrival_scv - 1.0
+    uneven = x.various + x.arrival_scv - 1.0
     regular = jnp.exp(-2.0 * (1.0 - load) * f.budget / (3.0 * uneven * prompt))
     bulk = f.budget / (f.budget + uneven * prompt)
     earlier = jnp.maximum(wait.mean - 0.5 * found * load * bulk, 0.0)
@@ -201,14 +194,13 @@ def joined_of(
     beside = before + fill * jnp.maximum(1.0 - before / jnp.maximum(own.room, 1.0), 0.0)
     beside = jnp.minimum(beside, own.room)
     over = some * jnp.exp(-own.room * some / jnp.maximum(before, 1e-9))  # those before push it over the budget
-    beside = curve(own.left + beside) - curve(own.left) + beside * x.mean(x.prompt * x.extra) / prompt
+    beside = curve(own.left + beside) - curve(own.left) + beside * x.mean_extra
     shared = held_up(x, others, own.unheld + beside) - held_up(x, others, own.unheld) + beside + over * t.alone
     delayed = jnp.broadcast_to(1.0 - (1.0 - some) ** 2, shared.shape)
-    various = x.mean(x.prompt**2) / prompt**2
     joined = Wait(
         mean=jnp.maximum(shared, 0.0),
         delayed=delayed,
-        scv=(0.5 * various / jnp.maximum(near, 1e-9) + 1.0) * delayed - 1.0,
+        scv=(0.5 * x.various / jnp.maximum(near, 1e-9) + 1.0) * delayed - 1.0,
         utilisation=jnp.zeros_like(rate),
         stable=jnp.asarray(True),
     )
@@ -232,7 +224,7 @@ def paces_of(x: Replica, t: Times, u: Number, own: Number, queue: Wait, seats: O
     f, n, rate = t.flow, t.flow.running, t.rate(u)
     kept = 1.0 - t.stolen
     # what prompts of others add to the iterations of one answer, and their number beyond the mean
-    costs = jnp.maximum(t.mixed - t.alone + f.slowest * (x.extra - x.mean(x.prompt * x.extra) / x.mean(x.prompt)), 0.0)
+    costs = jnp.maximum(t.mixed - t.alone + f.slowest * (x.extra - x.mean_extra), 0.0)
     extra = costs * x.prompt / f.mix * f.anywhere / jnp.maximum(f.busy, 1e-9)
     each = x.mean(extra) / kept / x.steps
     after = jnp.maximum(companions(x.arrival_scv, n)[0] - n - companions(x.arrival_scv, u)[0] + u, 0.0)
@@ -251,16 +243,16 @@ def paces_of(x: Replica, t: Times, u: Number, own: Number, queue: Wait, seats: O
     return t.pace + wake * (own - t.pace) + slowest * full, noise + backed + swing
 
 
-def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
-    """The steady state at u arrivals an iteration (0 < u < `most.capacity`); `t` where `times` is known."""
-    t = times(x, u) if t is None else t
+def point(x: Replica, u: Number, most: Top) -> Point:
+    """The steady state at u arrivals an iteration (0 < u < `most.capacity`)."""
+    t = times(x, u)
     n, rate = t.flow.running, t.rate(u)
     lasts, often = t.kinds()
     others = others_of(x, t, u)
     own = own_iterations(x, t, others)
     service = service_of(x, t, u, own, others)
     load = rate * x.mean(service)
-    chance = (1.0 - jnp.exp(-n) * (1.0 - jnp.minimum(load, 1.0))) * often * lasts / t.pace
+    chance = (1.0 - jnp.exp(-n) * (1.0 - jnp.minimum(load, 1.0))) * often
     seats = seats_of(x, rate, t, most)
     queue = queue_of(x, t, rate, service, most, seats, jnp.sum(chance * lasts))
     joined, shared, held = joined_of(x, t, rate, own, others, lasts, queue.mean)
@@ -268,8 +260,6 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     return Point(
         rate=rate,
         running=n,
-        load=load,
-        seated=seats.wait.utilisation,
         pace=pace,
         spread=spread,
         floor=t.floor,
@@ -281,4 +271,4 @@ def point(x: Replica, u: Number, most: Top, t: Times | None = None) -> Point:
     )
 
 
-__all__ = ["Others", "Own", "Point", "point", "seats_of"]
+__all__ = ["Point", "point"]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dse.cost.flow import FADE, Flow, flow_of, lockstep, together
-from dse.cost.iterations import Curve, Replica, curve_of, decode, flights, pieces_of
+from dse.cost.iterations import Curve, Replica, curve_of, decode
 from dse.cost.queueing import any_come
 from dse.cost.types import Number, pytree, replace
 from dse.numerics import safe_divide, safe_sqrt
@@ -22,10 +22,8 @@ SHARES = (1e-3, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the capacity at which the pac
 
 def most_arrivals(x: Replica) -> Number:
     """u at which the token budget or the seats are full."""
-    plan = x.sharded.plan
-    steps = x.mean(x.steps)
-    budget = flights(plan) * x.chunk / (x.mean(x.prompt) + steps * (1.0 + x.draft))
-    return jnp.minimum(budget, x.seats / (steps + x.mean(pieces_of(x, flights(plan) * x.chunk))))
+    budget = x.width / (x.mean(x.prompt) + x.mean(x.steps) * (1.0 + x.draft))
+    return jnp.minimum(budget, x.seats / x.stay)
 
 
 @pytree
@@ -48,7 +46,7 @@ class Times:
         return u / self.pace
 
     def kinds(self) -> tuple[Number, Number]:
-        """(k,) seconds of iterations that decode only, of short and of long mixed ones, and the share of each.
+        """(k,) seconds of iterations that decode only, of short and of long mixed ones, and the share of time of each.
 
         The two kinds of mixed ones have the mean, the deviation and, as far as the budget lets them, the skewness of a
         gamma distribution that begins where they carry nothing: most are short, and requests find the long ones.
@@ -60,7 +58,7 @@ class Times:
         rare = 1.0 / (1.0 + skew**2)
         seconds = jnp.stack([self.alone, self.mixed - wide / skew, self.mixed + wide * skew])
         busy = self.flow.anywhere
-        return seconds, jnp.stack([1.0 - busy, (1.0 - rare) * busy, rare * busy])
+        return seconds, jnp.stack([1.0 - busy, (1.0 - rare) * busy, rare * busy]) * seconds / self.pace
 
 
 def times(x: Replica, u: Number) -> Times:
@@ -72,14 +70,13 @@ def times(x: Replica, u: Number) -> Times:
     less, before, more, floor = x.ratio * jax.vmap(lambda n: decode(x, n))(counts)
     curve = curve_of(x, n, f.budget, f.others, before)
     growth = (more - less) / (counts[2] - counts[0])
-    extra = x.mean(x.prompt * x.extra) / x.mean(x.prompt)
     if lockstep(x):
         f, shift, crowd = together(x, u, f, curve, before)
         curve = replace(curve, seconds=curve.seconds + shift, full=curve.full + shift)
     mixed, several, follow = drains(x, u, f, curve, before)
-    mixed = mixed + f.slowest * extra
+    mixed = mixed + f.slowest * x.mean_extra
     if lockstep(x):
-        slowest, uneven = crowd.moments(lambda tokens: curve(tokens) + tokens * x.extra)
+        slowest, uneven = crowd.moments(lambda tokens: curve.of(x, tokens))
         mixed, several = jnp.where(x.ranks > 1, slowest, mixed), jnp.where(x.ranks > 1, uneven, several)
     # A request in decode finds n + Var[n]/n there; more of them are slower, and so stay for longer.
     steady = (1.0 - f.anywhere) * before + f.anywhere * mixed
@@ -161,6 +158,11 @@ class Top:
     def u(self) -> Number:
         """Arrivals an iteration: where an unstable rate is evaluated, flagged."""
         return FULLEST * self.capacity
+
+    @property
+    def rate(self) -> Number:
+        """Requests/s to a rank, at u: what it can serve."""
+        return self.u / self.pace
 
     def numbers(self, each: Number) -> Number:
         """(k,) requests at which `paces` are, where each takes part in so many iterations."""

@@ -174,6 +174,37 @@ def any_come(dispersed: Number, expected: Number) -> Number:
     return -jnp.expm1(-expected * rate)
 
 
+# ------------------------------------------------------------------------------------------ waits put together
+
+
+def _square(w: Wait) -> Number:
+    return safe_divide((1.0 + w.scv) * w.mean**2, w.delayed)
+
+
+def _of_squares(mean: Number, square: Number, delayed: Number, utilisation: Number, stable: Number) -> Wait:
+    scv = safe_divide(square * delayed, mean**2, otherwise=2.0) - 1.0
+    return Wait(mean=mean, delayed=delayed, scv=scv, utilisation=utilisation, stable=stable)
+
+
+def either(w: Wait, chance: Number) -> Wait:
+    """One of several waits (s,), each with its `chance`."""
+    mean, square, delayed, utilisation = (
+        jnp.sum(chance * values) for values in (w.mean, _square(w), w.delayed, w.utilisation)
+    )
+    return _of_squares(mean, square, delayed, utilisation, jnp.all(w.stable))
+
+
+def both(a: Wait, b: Wait) -> Wait:
+    """The sum of two independent waits."""
+    return _of_squares(
+        a.mean + b.mean,
+        _square(a) + _square(b) + 2.0 * a.mean * b.mean,
+        1.0 - (1.0 - a.delayed) * (1.0 - b.delayed),
+        jnp.maximum(a.utilisation, b.utilisation),
+        a.stable & b.stable,
+    )
+
+
 # ------------------------------------------------------------------------------- DistServe's pipeline forms
 
 
